@@ -1,0 +1,73 @@
+"""Quality of what a model writes: exact match on probes, and stories judged by the generator's own rules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from llmcourse.data.tinytown import Town
+from llmcourse.data.town_probes import Probe
+from llmcourse.evaluation.statistics import Estimate, wilson_interval
+from llmcourse.inference.generation import TextCodec, complete
+from llmcourse.inference.sampling import SamplingParams
+from llmcourse.models.transformer import Transformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoryQuality:
+    """Shares of a model's own stories that pass the generator's rules."""
+
+    grammatical: Estimate
+    """every sentence is one of the grammar's, down to a closing sentence"""
+    consistent: Estimate
+    """grammatical, and every event possible and the closing statement true"""
+    sentences_right: Estimate
+    """share of all sentences that are right"""
+
+
+def exact_match(
+    model: Transformer, tokenizer: TextCodec, probes: Sequence[Probe], *, max_new_tokens: int = 24
+) -> Estimate:
+    """Share of probes whose greedy completion begins with the answer, with Wilson's 95 % interval."""
+    texts = complete(model, tokenizer, [p.prompt for p in probes], temperature=0.0, max_new_tokens=max_new_tokens)
+    right = sum(probe.matches(text) for probe, text in zip(probes, texts, strict=True))
+    return wilson_interval(right, len(probes))
+
+
+def story_quality(
+    model: Transformer, tokenizer: TextCodec, town: Town, n: int = 100, *, temperature: float = 1.0, seed: int = 0
+) -> StoryQuality:
+    """Let the model write `n` stories, each from the first sentence of a fresh one, and judge them by the town's rules."""
+    openings = [d.text.split(". ")[0] + "." for d in town.documents(n, seed=seed + 10_000_019, kinds=["story"])]
+    params = SamplingParams(temperature=temperature, max_new_tokens=192, seed=seed)
+    texts = complete(model, tokenizer, openings, params)
+    scores = [town.score_story(opening + text) for opening, text in zip(openings, texts, strict=True)]
+    sentences = sum(s.sentences for s in scores)
+    return StoryQuality(
+        grammatical=wilson_interval(sum(s.grammatical for s in scores), n),
+        consistent=wilson_interval(sum(s.consistent for s in scores), n),
+        sentences_right=wilson_interval(max(0, sentences - sum(s.wrong for s in scores)), sentences),
+    )
+
+
+def town_report(
+    model: Transformer, tokenizer: TextCodec, town: Town, *, n: int = 256, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """All of Tinytown's probes as plain data: name -> {"value", "low", "high", "n"}.
+
+    facts: closed-book facts of residents, in wordings seen in training. facts_reworded: in a wording never seen. sums:
+    held-out pairs, plain form. story_facts: who or what is where at the end of a fresh story. stories_*: the model's
+    own stories.
+    """
+    quality = story_quality(model, tokenizer, town, n=min(n, 128), seed=seed)
+    estimates = {
+        "facts": exact_match(model, tokenizer, town.fact_probes(n, seed)),
+        "facts_reworded": exact_match(model, tokenizer, town.fact_probes(n, seed, held_out_template=True)),
+        "sums": exact_match(model, tokenizer, town.sum_probes(n, seed)),
+        "story_facts": exact_match(model, tokenizer, town.story_probes(n, seed)),
+        "stories_grammatical": quality.grammatical,
+        "stories_consistent": quality.consistent,
+        "story_sentences_right": quality.sentences_right,
+    }
+    return {name: asdict(estimate) for name, estimate in estimates.items()}

@@ -1,0 +1,86 @@
+"""The contiguous key/value cache: what attention has already computed is stored, not computed again.
+
+Shapes: B rows, K key/value heads, T tokens, C d_head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmcourse.models.config import ModelConfig
+
+
+class KVCache:
+    """Keys and values of every layer in two buffers (n_layers, B, K, capacity, C), filled from the left.
+
+    Rows of unequal prompts are padded on the left: `padding` (B,) int64 counts the slots of each row that hold no
+    token. They are masked out, and positions count from the first real token.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        capacity: int,
+        *,
+        padding: Tensor | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if capacity > config.context_length:
+            raise ValueError(f"capacity={capacity} exceeds the model's context of {config.context_length} tokens")
+        shape = (config.n_layers, batch_size, config.n_kv_heads, capacity, config.d_head)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.length, self.capacity = 0, capacity
+        self.padding = padding if padding is not None and bool(padding.any()) else None
+
+    @property
+    def bytes(self) -> int:
+        """Size of the buffers."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def positions(self, n_tokens: int) -> Tensor | None:
+        """Positions (B, n_tokens) of the next tokens; `None` when no row is padded, since all then go on at `length`."""
+        if self.padding is None:
+            return None
+        slots = torch.arange(self.length, self.length + n_tokens, device=self.padding.device)
+        return (slots[None] - self.padding[:, None]).clamp(min=0)
+
+    def mask(self, n_tokens: int) -> Tensor | None:
+        """Which slots each new token may attend to, (B or 1, 1, n_tokens, length + n_tokens); `None` for all of them."""
+        if self.padding is None and n_tokens == 1:
+            return None
+        device, total = self.keys.device, self.length + n_tokens
+        slots = torch.arange(total, device=device)
+        queries = torch.arange(self.length, total, device=device)
+        causal = (slots[None] <= queries[:, None])[None, None]  # (1, 1, Tq, Tk)
+        if self.padding is None:
+            return causal
+        real = slots[None] >= self.padding[:, None]  # (B, Tk)
+        on_itself = slots[None] == queries[:, None]  # a padded query sees itself, so that its softmax has a term
+        return causal & (real[:, None, None] | on_itself[None, None])
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, K, T, C) of `layer` behind what is there and return all of it, (B, K, length + T, C).
+
+        Raises:
+            ValueError: the buffers are full.
+        """
+        end = self.length + keys.shape[2]
+        if end > self.capacity:
+            raise ValueError(f"{end} tokens do not fit the cache of {self.capacity}: make it larger")
+        self.keys[layer, :, :, self.length : end] = keys
+        self.values[layer, :, :, self.length : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def advance(self, n_tokens: int) -> None:
+        """Count `n_tokens` as stored."""
+        self.length += n_tokens
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Keep only the rows of these indices (n,), in this order: finished rows cost nothing more."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        if self.padding is not None:
+            self.padding = self.padding[rows]
