@@ -4,7 +4,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup course test test-fast lab labs book bench bench-gpu clean distclean
+.PHONY: help course setup test test-fast lab labs book bench bench-gpu clean distclean
 
 LABS ?=
 STARTED := $(shell date +%s)
@@ -15,7 +15,7 @@ PIP_INSTALL := $(PIP) install --progress-bar $(if $(CI),off,on)
 
 export PYTHONUNBUFFERED := 1
 export PIP_NO_INPUT := 1
-# A hub library that finds no network must say so at once rather than try again for minutes.
+# Nothing here reports to anybody.
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 help:  ## this list

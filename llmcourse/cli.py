@@ -98,7 +98,7 @@ def generate(
     """Continue prompts with a trained model."""
     from llmcourse import pipeline
     from llmcourse.inference import SamplingParams, complete
-    from llmcourse.models.pretrained import from_pretrained
+    from llmcourse.models.pretrained import from_pretrained, local_folder
     from llmcourse.tokenization.tokenizer import Tokenizer
 
     params = SamplingParams(
@@ -114,7 +114,8 @@ def generate(
         loaded = pipeline.load(model, preset=preset)
         network, tokenizer = loaded.model, loaded.tokenizer
     else:
-        network, tokenizer = from_pretrained(model), Tokenizer.load(model)
+        folder = local_folder(model)
+        network, tokenizer = from_pretrained(folder), Tokenizer.load(folder)
     tokenizer.check_matches(network.config.vocab_size)
     for text, continuation in zip(prompt, complete(network, tokenizer, prompt, params), strict=True):
         print(text + continuation)
@@ -130,6 +131,9 @@ def run_pretraining(out: Path, preset: str, device: str | None, changes: dict[st
     from llmcourse.training import distributed, pretraining
 
     settings = pretraining.preset(preset, **changes)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: give a folder")
+    out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written should not come out after the training
     chosen = runtime.pick_device(device or ("cpu" if preset == "cpu" else None))
     world = distributed.start(chosen)
     if not world.is_main:
@@ -158,6 +162,9 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
             print(f"{name:28} {value:.6g}" if isinstance(value, float) else f"{name:28} {value}")
 
 
+FLAG_TYPES = {"int": int, "float": float, "bool": bool, "str": str, "tuple[float, float]": tuple[float, float]}
+
+
 def _flags() -> dict[str, tuple[type, str]]:
     """Every setting of a pre-training run: name -> (type, help), from the dataclasses themselves."""
     from llmcourse.training.pretraining import FitSettings, ModelConfig, PretrainSettings
@@ -166,9 +173,9 @@ def _flags() -> dict[str, tuple[type, str]]:
     for owner in (PretrainSettings, ModelConfig, FitSettings):
         helps = _field_docs(owner)
         for field in dataclasses.fields(owner):
-            if field.name not in ("model", "fit", "betas"):
-                kind = str(field.type).split(" |")[0]
-                flags.setdefault(field.name, ({"int": int, "float": float, "bool": bool}.get(kind, str), helps[field.name]))
+            if field.name not in ("model", "fit"):
+                kind = FLAG_TYPES[str(field.type).split(" |")[0]]
+                flags.setdefault(field.name, (kind, helps[field.name]))
     return flags
 
 

@@ -31,13 +31,18 @@ def pick_device(name: str | None = None) -> torch.device:
     """The device of that name; `None` or "auto" takes CUDA, then Apple's MPS, then the CPU.
 
     Raises:
-        ValueError: CUDA is asked for and not there.
+        ValueError: an unknown name, or a GPU is asked for and not there.
     """
     if name in (None, "auto"):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if str(name).startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {name!r}: torch sees no CUDA GPU here; use device='cpu' or the preset 'cpu'")
-    return torch.device(name)
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device 'mps': torch sees no Apple GPU here; use device='cpu'")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r}: choose cpu, cuda, cuda:1, ... or mps") from None
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -206,7 +206,11 @@ def test_pointing_at_a_term_shows_its_definition(browser, server):
     tab = Visit(browser, server, "desktop")
     page = tab.open("book/glossary")
     # One whose definition has a formula, which is typeset in the tooltip.
-    page.locator('article dd a.reference.internal[href="#term-attention"]').first.hover()
+    selectors = page.evaluate(
+        """() => Object.keys(selector_to_html).filter(s => selector_to_html[s].includes('class="math') &&
+            document.querySelector(`article.bd-article ${s}:not(.headerlink)`))"""
+    )
+    page.locator(f"article.bd-article {selectors[0]}:not(.headerlink)").first.hover()
     page.locator(".tippy-box mjx-container svg").first.wait_for(state="visible")
     assert len(page.locator(".tippy-box").inner_text()) > 40
     assert tab.problems == [] and tab.outside == []

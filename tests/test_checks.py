@@ -243,11 +243,13 @@ def test_random_answers_see_the_same_randomness_and_leave_the_global_state_alone
     def noisy(q, k):
         return q + torch.randn_like(q) + random.random() + np.random.rand()
 
+    threads = torch.get_num_threads()
     exercise = make(reference=noisy, mutants=[Mutant("quiet", lambda q, k: q, "No noise.")])
     set_seed(7)
     drawn = (torch.rand(1).item(), random.random(), np.random.rand())
     set_seed(7)
     assert verify(exercise) == []
+    assert torch.get_num_threads() == threads
     assert drawn == (torch.rand(1).item(), random.random(), np.random.rand())
 
 

@@ -192,7 +192,7 @@ def test_build_writes_nbgrader_metadata(lab):
             'exercise="nonsense"',
             "exercise='nonsense' must be a code cell and one of",
         ),
-        ("{{branch}}", "{{brunch}}", r"unknown placeholder \{\{brunch\}\}"),
+        ("{{branch}}", "{{commit}}", r"unknown placeholder \{\{commit\}\}"),
     ],
 )
 def test_build_refuses_a_bad_source_in_one_line(lab, old, new, message):

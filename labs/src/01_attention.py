@@ -50,8 +50,14 @@ from llmcourse.models.pretrained import save_pretrained
 from llmcourse.runtime import pick_device, progress, set_seed
 
 SIZES = {
-    "cpu": {"pairs": (4, 8, 16), "recall_steps": 300, "n_seeds": 3, "text_steps": 250},
-    "gpu": {"pairs": (4, 8, 16, 32), "recall_steps": 600, "n_seeds": 5, "text_steps": 500},
+    "cpu": {"pairs": (4, 8, 16), "recall_steps": 300, "n_seeds": 3, "text_steps": 250, "stored_tokens": 4096},
+    "gpu": {
+        "pairs": (4, 8, 16, 32),
+        "recall_steps": 600,
+        "n_seeds": 5,
+        "text_steps": 500,
+        "stored_tokens": 65_536,
+    },
 }
 if PRESET not in SIZES:
     raise ValueError(f"PRESET={PRESET!r}: choose one of {', '.join(SIZES)}")
@@ -99,7 +105,10 @@ class Recall(nn.Module):
         self.key, self.value = nn.Embedding(N_KEYS, WIDTH), nn.Embedding(N_VALUES, WIDTH)
         self.answer = nn.Linear(WIDTH, N_VALUES)
         if memory == "attention":
-            self.memory, self.projections = None, nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in "qkv")
+            self.memory, self.projections = (
+                None,
+                nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in "qkv"),
+            )
         else:
             self.memory = memory(WIDTH, WIDTH, batch_first=True)
 
@@ -107,7 +116,9 @@ class Recall(nn.Module):
         """keys, values (B, N), queries (B, Q) -> logits (B, Q, N_VALUES)."""
         pairs, asked = self.key(keys) + self.value(values), self.key(queries)  # (B, N, D), (B, Q, D)
         if self.memory is None:
-            q, k, v = (layer(x)[:, None] for layer, x in zip(self.projections, (asked, pairs, pairs), strict=True))
+            q, k, v = (
+                layer(x)[:, None] for layer, x in zip(self.projections, (asked, pairs, pairs), strict=True)
+            )
             return self.answer(scaled_dot_product_attention(q, k, v)[:, 0])
         _, state = self.memory(pairs)  # (1, B, D): all that is left of the sequence
         state = state.repeat_interleave(asked.shape[1], dim=1)  # (1, B * Q, D)
@@ -140,7 +151,9 @@ def train_recall(memory, n_pairs, seed):
 # %%
 memories = {"tanh RNN": nn.RNN, "GRU": nn.GRU, "attention": "attention"}
 runs = [(name, n, seed) for name in memories for n in sizes["pairs"] for seed in seeds]
-recall = {name: {n: [] for n in sizes["pairs"]} for name in memories}  # lists over seeds, of accuracy by distance
+recall = {
+    name: {n: [] for n in sizes["pairs"]} for name in memories
+}  # lists over seeds, of accuracy by distance
 for name, n_pairs, seed in progress(runs, description="recall", unit="run"):
     recall[name][n_pairs].append(train_recall(memories[name], n_pairs, seed))
 
@@ -159,25 +172,30 @@ def knows_values_only(n_pairs, draws=20_000):
 unbound = {n: knows_values_only(n) for n in sizes["pairs"]}
 print("accuracy, mean and 95 % interval over seeds")
 for name in memories:
-    print(f"{name:>10}", *(f"{n:>3} pairs: {seed_interval(mean_accuracy(name, n)):.3f}" for n in sizes["pairs"]), sep="   ")
+    print(
+        f"{name:>10}",
+        *(f"{n:>3} pairs: {seed_interval(mean_accuracy(name, n)):.3f}" for n in sizes["pairs"]),
+        sep="   ",
+    )
 print(f"{'unbound':>10}", *(f"{n:>3} pairs: {unbound[n]:.3f}" for n in sizes["pairs"]), sep="   ")
 
 # %%
 middle = sizes["pairs"][1]
 
 
-def over_seeds(name, n_pairs):
-    """Accuracy by distance, mean over seeds."""
-    return [statistics.fmean(column) for column in zip(*recall[name][n_pairs], strict=True)]
+def over_seeds(name, n_pairs, statistic):
+    """A statistic over seeds (mean, min, max) of the accuracy at each distance."""
+    return [statistic(column) for column in zip(*recall[name][n_pairs], strict=True)]
 
 
-series = {name: (list(range(middle)), over_seeds(name, middle)) for name in memories}
-series["values known, keys not"] = (list(range(middle)), [unbound[middle]] * middle)
+distances = list(range(middle))
 figure = plotting.lines(
-    series,
+    {name: (distances, over_seeds(name, middle, statistics.fmean)) for name in memories},
+    bands={name: (over_seeds(name, middle, min), over_seeds(name, middle, max)) for name in memories},
+    horizontal={"knows the values, not their keys": unbound[middle], "chance": 1 / N_VALUES},
     xlabel="pairs read since the one that is asked for",
     ylabel="accuracy",
-    title=f"Associative recall, {middle} pairs, {sizes['recall_steps']} steps, mean of {len(seeds)} seeds",
+    title=f"Associative recall of {middle} pairs: mean and range of {len(seeds)} seeds",
 )
 plotting.show(
     figure,
@@ -197,6 +215,7 @@ results["recall"] = {
 #
 # **Run: where does the gradient go?** Distance hurts training before it hurts capacity. Here is how strongly the last output of an *untrained* layer depends on each earlier input.
 
+
 # %%
 def gradient_by_distance(memory, seed, length=64):
     """Mean norm over a batch of d(random projection of the last output) / d(input), by distance from the last input."""
@@ -212,7 +231,8 @@ def gradient_by_distance(memory, seed, length=64):
 
 
 gradients = {
-    name: torch.stack([gradient_by_distance(memory, seed) for seed in seeds]).mean(0) for name, memory in memories.items()
+    name: torch.stack([gradient_by_distance(memory, seed) for seed in seeds]).mean(0)
+    for name, memory in memories.items()
 }
 figure = plotting.lines(
     {name: (list(range(64)), gradient.tolist()) for name, gradient in gradients.items()},
@@ -240,6 +260,7 @@ for name, gradient in gradients.items():
 # `k.mT` transposes the last two axes. The scores have shape (B, H, Tq, Tk), and each query's weights sum to 1 over the keys.
 #
 # </details>
+
 
 # %% exercise="lookup"
 def lookup(q, k, v):
@@ -269,6 +290,7 @@ check("attention/lookup", lookup)
 # A score is a sum of $d_h$ products. If the components of $q$ and $k$ are independent with mean 0 and variance 1, each product has variance 1 and the sum has variance $d_h$. The softmax of scores that are spread over tens of units is nearly a hard maximum, and a hard maximum has no gradient: the Jacobian of $w = \operatorname{softmax}(s)$ is $\operatorname{diag}(w) - ww^\top$, which is zero when one weight is 1.
 #
 # **Predict.** With 64 keys and $d_h = 128$, unscaled: which share of its maximum, $\log 64$, is left of the weights' entropy? How much smaller is the Jacobian than with the scale, for the typical query?
+
 
 # %%
 def softmax_statistics(d_head, scaled, n_keys=64, n_queries=1000):
@@ -307,7 +329,13 @@ for column, what in ((1, "entropy of the weights / log 64"), (3, "norm of the Ja
 results["softmax"] = {
     "d_head": widths,
     **{
-        name: dict(zip(("std", "entropy", "jacobian_mean", "jacobian_median"), map(list, zip(*rows, strict=True)), strict=True))
+        name: dict(
+            zip(
+                ("std", "entropy", "jacobian_mean", "jacobian_median"),
+                map(list, zip(*rows, strict=True)),
+                strict=True,
+            )
+        )
         for name, rows in softmax.items()
     },
 }
@@ -324,6 +352,7 @@ results["softmax"] = {
 # Compare a column of query positions with a row of key positions.
 #
 # </details>
+
 
 # %% exercise="mask"
 def my_causal_mask(n_queries, n_keys):
@@ -347,6 +376,7 @@ check("attention/mask", my_causal_mask)
 #
 # **Exercise 3.** Now the attention that uses it. Where must a hidden score go so that the softmax gives it no weight *and* the other weights still sum to 1?
 
+
 # %% exercise="masked"
 def masked_attention(q, k, v, mask):
     """As `lookup`, with a boolean mask (Tq, Tk), True = may attend."""
@@ -368,6 +398,7 @@ check("attention/masked", masked_attention)
 # </details>
 #
 # **Run: the causality test.** Change the last input. With the mask, no earlier output may move, not by one bit.
+
 
 # %%
 def outputs_that_move(mask, length=12):
@@ -406,7 +437,9 @@ base = (rotated(q, 5) * rotated(k, 2)).sum(-1)
 shifts = [1, 10, 100, 1_000, 10_000, 100_000]
 errors = [((rotated(q, 5 + s) * rotated(k, 2 + s)).sum(-1) - base).abs().max().item() for s in shifts]
 moved = (rotated(q, 6) * rotated(k, 2) - rotated(q, 5) * rotated(k, 2)).sum(-1).abs().mean().item()
-print(f"size of the scores: {base.std():.1f}; moving only the query by 1 changes them by {moved:.2f} on average")
+print(
+    f"size of the scores: {base.std():.1f}; moving only the query by 1 changes them by {moved:.2f} on average"
+)
 for shift, error in zip(shifts, errors, strict=True):
     print(f"moving both by {shift:>7}: largest change {error:.1e}")
 results["rope_shift"] = {"shifts": shifts, "errors": errors, "score_std": base.std().item()}
@@ -421,7 +454,9 @@ wavelengths = 2 * math.pi / rope_frequencies(d_head)
 for context in (256, 4_096, 131_072):
     for theta in (10_000.0, 500_000.0):
         slow = (2 * math.pi / rope_frequencies(d_head, theta) > context).sum().item()
-        print(f"context {context:>7}, theta {theta:>9,.0f}: {slow:>2} of {d_head // 2} pairs do not complete a turn")
+        print(
+            f"context {context:>7}, theta {theta:>9,.0f}: {slow:>2} of {d_head // 2} pairs do not complete a turn"
+        )
 print(f"wavelengths at theta 10 000: {wavelengths[0]:.1f} to {wavelengths[-1]:,.0f} positions")
 
 # %% [markdown]
@@ -434,6 +469,7 @@ print(f"wavelengths at theta 10 000: {wavelengths[0]:.1f} to {wavelengths[-1]:,.
 # `x.chunk(2, dim=-1)` gives the halves. The tables have all C columns, both halves alike, so `x * cos` is already right.
 #
 # </details>
+
 
 # %% exercise="rope"
 def my_rope(x, cos, sin):
@@ -457,6 +493,7 @@ check("attention/rope", my_rope)
 #
 # The paper pairs neighbors $(0, 1), (2, 3), \dots$ instead. The two layouts are the same map up to a permutation of channels, and since $q$ and $k$ are permuted alike their product does not change. A checkpoint does change: reading one layout's weights with the other's rotation gives a model that runs and talks nonsense.
 
+
 # %%
 def interleaved_rope(x, cos, sin):
     """The paper's layout: pairs (2i, 2i + 1); its tables are the first half of ours."""
@@ -467,12 +504,16 @@ def interleaved_rope(x, cos, sin):
 
 tables = rope_tables(torch.arange(16), d_head)
 q, k = torch.randn(2, 1, 1, 16, d_head, generator=generator)
-to_halves = torch.cat((torch.arange(0, d_head, 2), torch.arange(1, d_head, 2)))  # even channels first, then odd
+to_halves = torch.cat(
+    (torch.arange(0, d_head, 2), torch.arange(1, d_head, 2))
+)  # even channels first, then odd
 ours = apply_rope(q[..., to_halves], *tables) @ apply_rope(k[..., to_halves], *tables).mT
 papers = interleaved_rope(q, *tables) @ interleaved_rope(k, *tables).mT
 mixed_up = apply_rope(q, *tables) @ apply_rope(k, *tables).mT
 layout_error = (ours - papers).abs().max().item()
-print(f"permuted weights: largest difference {layout_error:.1e}; same weights, other layout: {(mixed_up - papers).abs().max():.1f}")
+print(
+    f"permuted weights: largest difference {layout_error:.1e}; same weights, other layout: {(mixed_up - papers).abs().max():.1f}"
+)
 
 # %% [markdown]
 # ## 4. Heads, groups, and the memory of keys
@@ -490,7 +531,13 @@ published = {
 }  # fmt: skip
 print("                 parameters   weights, bf16   KV of 8 192 tokens, bf16   with K = H")
 for name, config in published.items():
-    everyone = ModelConfig(vocab_size=2, n_layers=config.n_layers, n_heads=config.n_heads, n_kv_heads=config.n_heads, d_head=config.d_head)
+    everyone = ModelConfig(
+        vocab_size=2,
+        n_layers=config.n_layers,
+        n_heads=config.n_heads,
+        n_kv_heads=config.n_heads,
+        d_head=config.d_head,
+    )
     n, kv, full = count_parameters(config), kv_cache_bytes(config, 8192), kv_cache_bytes(everyone, 8192)
     print(f"{name:>14} {n:>14,} {2 * n / 2**30:>11.1f} GiB {kv / 2**30:>20.2f} GiB {full / 2**30:>9.2f} GiB")
 results["published"] = {
@@ -499,11 +546,13 @@ results["published"] = {
 }
 
 # %% [markdown]
-# **Run: what reading costs.** One new token for 4 sequences, each with 4 096 stored tokens, 16 query heads. Queries that share a key head become rows of one matrix, so each stored number is read once.
+# **Run: what reading costs.** One new token for 4 sequences, each with thousands of stored tokens, and 16 query heads. Queries that share a key head become rows of one matrix, so each stored number is read once.
+
 
 # %%
-def attend_to_stored(n_kv_heads, n_heads=16, tokens=4096, batch=4, channels=64, repeats=15):
+def attend_to_stored(n_kv_heads, n_heads=16, batch=4, channels=64, repeats=15):
     """Seconds of one decoding step's attention (best of some), and the bytes of keys and values that it reads."""
+    tokens = sizes["stored_tokens"]
     q = torch.randn(batch, n_kv_heads, n_heads // n_kv_heads, channels, device=device)
     k, v = torch.randn(2, batch, n_kv_heads, tokens, channels, device=device)
     times = []
@@ -523,9 +572,10 @@ for n_kv_heads in (16, 8, 4, 2, 1):
 results["reading"] = reading
 
 # %% [markdown]
-# **Read the result.** The arithmetic is the same in every row: 16 query heads, 4 096 keys. Time falls nevertheless, because it was never the arithmetic that took the time: each stored number is used for one multiplication and one addition per query that shares it. Chapter 02 gives this a name (arithmetic intensity) and chapter 19 builds on it.
+# **Read the result.** The arithmetic is the same in every row: 16 query heads, the same stored positions. Time falls nevertheless, because it was never the arithmetic that took the time: each stored number is used for one multiplication and one addition per query that shares it. Chapter 02 gives this a name (arithmetic intensity) and chapter 19 builds on it.
 #
 # **Exercise 5.** For the written-out attention, every query head needs a key head. Give head $k$ to the $G$ query heads $kG, \dots, kG + G - 1$.
+
 
 # %% exercise="repeat_kv"
 def my_repeat_kv(x, groups):
@@ -547,6 +597,7 @@ check("attention/repeat_kv", my_repeat_kv)
 # </details>
 #
 # **Exercise 6.** The size of the cache, as one product.
+
 
 # %% exercise="kv_bytes"
 def kv_bytes(n_layers, n_kv_heads, d_head, tokens, batch, bytes_per_number):
@@ -574,6 +625,7 @@ check("attention/kv_bytes", kv_bytes)
 #
 # **Exercise 7.** RMSNorm: divide by the root mean square over the last axis, times a gain. The mean square is taken in float32, whatever the input's precision.
 
+
 # %% exercise="rms_norm"
 def my_rms_norm(x, weight, eps):
     """x (..., D), weight (D,) -> (..., D) in x's dtype."""
@@ -596,6 +648,7 @@ check("attention/rms_norm", my_rms_norm)
 #
 # **Exercise 8.** SwiGLU: two projections to $d_{ff}$, $\mathrm{SiLU}(z) = z\,\sigma(z)$ on one of them, their product, and back. The matrices are stored as `nn.Linear` stores them, (out, in).
 
+
 # %% exercise="swiglu"
 def my_swiglu(x, gate, up, down):
     """x (..., D), gate and up (F, D), down (D, F) -> (..., D)."""
@@ -616,6 +669,7 @@ check("attention/swiglu", my_swiglu)
 # </details>
 #
 # **Exercise 9.** The block. Arguments 2 to 5 are functions of one tensor.
+
 
 # %% exercise="block"
 def my_block(x, attention_norm, attention, mlp_norm, mlp):
@@ -646,7 +700,8 @@ corpus = load_corpus(CORPUS, seed=SEED, n_documents=6000)
 
 def as_bytes(dataset):
     """All documents of a dataset as one tensor of bytes, a newline after each."""
-    return torch.tensor(list("".join(text + "\n" for text in dataset["text"]).encode()))
+    joined = "".join(text + "\n" for text in dataset["text"]).encode()
+    return torch.frombuffer(bytearray(joined), dtype=torch.uint8).long()
 
 
 text = {"train": as_bytes(corpus.train), "validation": as_bytes(corpus.validation)}
@@ -654,7 +709,9 @@ floor = None
 if "bits" in corpus.train.column_names:
     floor = math.log(2) * sum(corpus.train["bits"]) / len(text["train"])  # nats per byte
     print(f"entropy of the corpus: {floor:.3f} nats per byte")
-config = ModelConfig(vocab_size=256, context_length=READ_LENGTH, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=128)
+config = ModelConfig(
+    vocab_size=256, context_length=READ_LENGTH, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=128
+)
 print(f"{len(text['train']):,} bytes of training text, {count_parameters(config):,} parameters")
 
 
@@ -722,6 +779,7 @@ results["length"] = {
 # %% [markdown]
 # **Read the result.** Relative positions do not extrapolate by themselves. Scores depend on the distance between query and key only, as section 3 showed, but distances above 63 never occurred in training, and a head that puts its weight well at all distances it knows puts it anywhere at those it does not. A context length is trained, or extended on purpose, never had for free.
 
+
 # %%
 def continuation(model, prompt, n_bytes=90, cache=None):
     """The most probable bytes after a prompt, one at a time."""
@@ -740,6 +798,7 @@ print(continuation(trained[0][0], prompt))
 # ## The same with the library
 #
 # `torch` has attention as one fused function, which never stores the (Tq, Tk) weights, and takes grouped heads as they are. `transformers` has the model. Written out, fused, and grouped:
+
 
 # %%
 def largest_difference(a, b):
@@ -796,16 +855,26 @@ tokens = windows("validation", 4, 128, torch.Generator().manual_seed(SEED)).cpu(
 with torch.no_grad():
     logits = model(tokens)
     parity = largest_difference(logits, theirs(tokens).logits) / logits.abs().max().item()
-print(f"{type(theirs).__name__}: {logits.numel():,} logits, largest difference {parity:.1e} of the largest logit")
+print(
+    f"{type(theirs).__name__}: {logits.numel():,} logits, largest difference {parity:.1e} of the largest logit"
+)
 
 counts_agree = {}
 for name, published_config in published.items():
-    settings = {key: value for key, value in config_to_hub(published_config).items() if key not in ("architectures", "model_type")}
-    kind, settings_kind = (Qwen3ForCausalLM, Qwen3Config) if published_config.qk_norm else (LlamaForCausalLM, LlamaConfig)
+    settings = {
+        key: value
+        for key, value in config_to_hub(published_config).items()
+        if key not in ("architectures", "model_type")
+    }
+    kind, settings_kind = (
+        (Qwen3ForCausalLM, Qwen3Config) if published_config.qk_norm else (LlamaForCausalLM, LlamaConfig)
+    )
     with torch.device("meta"):
         n = sum(p.numel() for p in kind(settings_kind(**settings)).parameters())
     counts_agree[name] = n == count_parameters(published_config)
-    print(f"{name:>14}: {n:>14,} parameters in transformers, {count_parameters(published_config):>14,} by our count")
+    print(
+        f"{name:>14}: {n:>14,} parameters in transformers, {count_parameters(published_config):>14,} by our count"
+    )
 
 # %% [markdown]
 # ## Measured results
@@ -815,15 +884,29 @@ for name, published_config in published.items():
 # %%
 # NBVAL_CHECK_OUTPUT
 smallest, largest = min(sizes["pairs"]), max(sizes["pairs"])
-recent = [by_distance[0] - statistics.fmean(by_distance[middle // 2 :]) for by_distance in recall["tanh RNN"][middle]]
-gru_loss = [few - many for few, many in zip(mean_accuracy("GRU", smallest), mean_accuracy("GRU", largest), strict=True)]
+recent = [
+    by_distance[0] - statistics.fmean(by_distance[middle // 2 :])
+    for by_distance in recall["tanh RNN"][middle]
+]
+gru_loss = [
+    few - many
+    for few, many in zip(mean_accuracy("GRU", smallest), mean_accuracy("GRU", largest), strict=True)
+]
 claim(
     "recall-attention",
     all(min(mean_accuracy("attention", n)) >= 0.99 for n in sizes["pairs"]),
     "one attention layer recalls at least 99 % at every number of pairs, in every seed",
 )
-claim("recall-recency", min(recent) > 0.02, "the tanh RNN recalls the last pair better than the older half, in every seed")
-claim("recall-capacity", min(gru_loss) > 0.05, "the GRU loses over 5 points from the fewest to the most pairs, in every seed")
+claim(
+    "recall-recency",
+    min(recent) > 0.02,
+    "the tanh RNN recalls the last pair better than the older half, in every seed",
+)
+claim(
+    "recall-capacity",
+    min(gru_loss) > 0.05,
+    "the GRU loses over 5 points from the fewest to the most pairs, in every seed",
+)
 claim(
     "gradient",
     all(gradients[name][63] < 1e-6 * gradients[name][0] for name in ("tanh RNN", "GRU"))
@@ -832,14 +915,31 @@ claim(
 )
 claim(
     "scale",
-    all(abs(row[0] - 1) < 0.05 for row in softmax["scaled"]) and softmax["unscaled"][-1][1] < 0.2 < softmax["scaled"][-1][1],
+    all(abs(row[0] - 1) < 0.05 for row in softmax["scaled"])
+    and softmax["unscaled"][-1][1] < 0.2 < softmax["scaled"][-1][1],
     "scaled scores have standard deviation 1 within 5 % at every width; unscaled ones lose 80 % of the entropy at width 512",
 )
-claim("rope-relative", errors[2] < 1e-3 and layout_error < 1e-4, "rotary scores depend on the distance only, in both layouts")
-claim("mask", outputs_that_move(causal_mask(12, 12)) == [11], "with the mask, only the last output depends on the last key")
+claim(
+    "rope-relative",
+    errors[2] < 1e-3 and layout_error < 1e-4,
+    "rotary scores depend on the distance only, in both layouts",
+)
+claim(
+    "mask",
+    outputs_that_move(causal_mask(12, 12)) == [11],
+    "with the mask, only the last output depends on the last key",
+)
 claim("kernel", fused_error < 1e-5, "written-out grouped attention equals torch's fused kernel to 1e-5")
-claim("parity", parity < 1e-5, "transformers opens the trained model and gives the same logits, to 1e-5 of the largest")
-claim("counts", all(counts_agree.values()), "parameter counts of four published models equal those of transformers")
+claim(
+    "parity",
+    parity < 1e-5,
+    "transformers opens the trained model and gives the same logits, to 1e-5 of the largest",
+)
+claim(
+    "counts",
+    all(counts_agree.values()),
+    "parameter counts of four published models equal those of transformers",
+)
 claim(
     "kv-time",
     reading[1]["seconds"] < 0.5 * reading[16]["seconds"],
@@ -855,6 +955,7 @@ claim(
 # ## Break it
 #
 # Forget the mask. It takes one missing argument, the shapes are right, nothing warns, and the loss looks like a triumph. `Attention` asks its cache for a mask, so a cache that stores nothing and has no mask is enough to forget it.
+
 
 # %%
 class Unmasked:
@@ -880,11 +981,18 @@ class Unmasked:
 
 leaking = [train_on_text(seed, Unmasked()) for seed in seeds]
 steps = list(range(sizes["text_steps"]))
-series = {"with the mask": (steps, trained[0][1]), "without the mask": (steps, leaking[0][1])}
-if floor is not None:
-    series["entropy of the corpus"] = (steps, [floor] * len(steps))
+curves = {"with the mask": trained, "without the mask": leaking}
+losses = {
+    name: list(zip(*[one for _, one in models], strict=True)) for name, models in curves.items()
+}  # by step
 figure = plotting.lines(
-    series, xlabel="step", ylabel="training loss, nats per byte", title=f"The forgotten mask, seed {seeds[0]}", logy=True
+    {name: (steps, [statistics.fmean(row) for row in rows]) for name, rows in losses.items()},
+    bands={name: ([min(row) for row in rows], [max(row) for row in rows]) for name, rows in losses.items()},
+    horizontal={} if floor is None else {"entropy of the corpus": floor},
+    xlabel="step",
+    ylabel="training loss, nats per byte",
+    title=f"The forgotten mask: mean and range of {len(seeds)} seeds",
+    logy=True,
 )
 plotting.show(
     figure,
@@ -904,7 +1012,7 @@ if floor is not None:
 print(f"the leaking models, read with the mask:         {seed_interval(used_honestly):.3f}")
 print("what it writes:", continuation(leaking[0][0], prompt, cache=Unmasked()))
 results["leak"] = {
-    "steps": steps, "masked": trained[0][1], "unmasked": leaking[0][1],
+    "masked": [one for _, one in trained], "unmasked": [one for _, one in leaking],
     "final": final, "read_with_mask": used_honestly, "floor": floor, "uniform": math.log(256),
 }  # fmt: skip
 
@@ -914,6 +1022,7 @@ results["leak"] = {
 # 1. *The loss is too good.* Position $t$ reads token $t+1$ from its own input, so the model learns to copy, and the loss goes to zero. Here the floor is known, and a loss below it is proof; on real text, a loss far below that of larger models on the same data should make you suspicious before it makes you happy.
 # 2. *Generation is nonsense.* At generation time there is no token $t+1$ to copy, so what was learned is of no use. With the mask put back, the loss is above $\log 256$, the loss of a model that knows nothing.
 # 3. *The causality test fails.* This is the test to keep in a test suite: change the last token, and compare all earlier logits.
+
 
 # %%
 @torch.no_grad()
@@ -935,7 +1044,8 @@ print(leaks)
 # NBVAL_CHECK_OUTPUT
 claim(
     "leak",
-    max(final["unmasked"]) < (floor or 0.5 * min(final["masked"])) and min(used_honestly) > max(final["masked"]) + 1,
+    max(final["unmasked"]) < (floor or 0.5 * min(final["masked"]))
+    and min(used_honestly) > max(final["masked"]) + 1,
     "without the mask the loss falls below what any causal model can reach, and is useless once the mask is back",
 )
 claim(

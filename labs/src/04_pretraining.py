@@ -51,8 +51,8 @@ from llmcourse.training.optimizers import Muon, newton_schulz
 from llmcourse.training.pretraining import next_token_loss, preset
 
 SIZES = {
-    "cpu": {"steps": 100, "n_seeds": 3, "documents": 100},
-    "gpu": {"steps": 400, "n_seeds": 5, "documents": 500},
+    "cpu": {"steps": 200, "n_seeds": 3, "documents": 80},
+    "gpu": {"steps": 800, "n_seeds": 5, "documents": 500},
 }
 if PRESET not in SIZES:
     raise ValueError(f"PRESET={PRESET!r}: choose one of {', '.join(SIZES)}")
@@ -253,22 +253,25 @@ base = pipeline.load("base", preset=PRESET, corpus=CORPUS, seed=SEED)
 model, metrics = base.model.to(device).eval(), base.artifact.metrics
 print(f"{metrics['parameters']:,} parameters, {metrics['tokens'] / 1e6:.1f} million tokens in {metrics['training_seconds']:.0f} s: "
       f"{metrics['tokens_per_second']:,.0f} tokens/s, {metrics['mfu']:.0%} of this machine's own matrix-product rate")  # fmt: skip
-records, evaluations = base.records, base.evaluations
+records, evaluations = base.history["records"], base.history["evaluations"]
 steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
 series = {
     "training": (steps, losses),
     "validation": ([e["step"] for e in evaluations], [e["validation_loss"] for e in evaluations]),
 }
-series |= {name: (steps[:: len(steps) - 1], [baselines[name]] * 2) for name in ("1-gram", "3-gram")}
-if known:
-    series["floor"] = (steps[:: len(steps) - 1], [floor] * 2)
+levels = {name: baselines[name] for name in ("1-gram", "4-gram")} | ({"entropy": floor} if known else {})
 figure = plotting.lines(
-    series, xlabel="step", ylabel="nats per token", title=f"Base model, preset {PRESET!r}", logy=True
+    series,
+    xlabel="step",
+    ylabel="nats per token",
+    title=f"Base model, preset {PRESET!r}",
+    logy=True,
+    horizontal=levels,
 )
 plotting.show(
     figure,
     alt="Loss of the base model against step on a logarithmic axis: it drops below the 1-gram within a few dozen steps, "
-    "passes the 3-gram, and flattens a little above the line of the corpus entropy.",
+    "passes the 4-gram, and flattens a little above the line of the corpus entropy.",
 )
 
 # %% [markdown]
@@ -296,7 +299,11 @@ nats, lengths = document_nats(model, validation_stream), validation_stream.lengt
 base_loss = nats.sum() / n_tokens
 print(f"validation loss {base_loss:.4f} nats per token, perplexity {math.exp(base_loss):.2f}, "
       f"{nats.sum() / math.log(2) / n_bytes:.3f} bits per byte")  # fmt: skip
-results["base"] = {"validation_loss": base_loss, "bits_per_byte": nats.sum() / math.log(2) / n_bytes}
+results["base"] = {
+    "curve": {"steps": steps[::10], "loss": losses[::10]},
+    "validation_loss": base_loss,
+    "bits_per_byte": nats.sum() / math.log(2) / n_bytes,
+}
 if known:
     bits, kinds = true_bits, np.array(corpus.validation["kind"])
     excess = nats / math.log(2) - bits  # bits that the model pays above the truth, document by document
@@ -327,7 +334,7 @@ if known:
 # **What it says, and what it knows.** First what it wrote along the way, from the same beginnings.
 
 # %%
-samples = json.loads((base.artifact.path / "records.json").read_text())["samples"]
+samples = base.history["samples"]
 for sample in samples[:: max(1, len(samples) // 3)]:
     print(
         f"after {sample['step']} steps:",
@@ -454,7 +461,7 @@ check("pretraining/wsd", my_wsd)
 # %%
 SMALL = ModelConfig(
     vocab_size=tokenizer.vocab_size,
-    context_length=128,
+    context_length=64,
     d_model=64,
     n_layers=2,
     n_heads=4,
@@ -472,29 +479,27 @@ def evaluate_small(small):
     return {"validation_loss": token_loss(small, few_batches).nats_per_token}
 
 
-def small_run(seed, *, batch_size=8, evaluate=evaluate_small, **settings):
+def small_run(seed, *, batch_size=4, evaluate=evaluate_small, **settings):
     """Train the small model; everything random follows from the seed, and every run of a seed sees the same batches."""
     set_seed(seed)
     small = Transformer(SMALL).to(device)
     batches = PackedBatches(
         train_stream, batch_size=batch_size, context_length=SMALL.context_length, seed=seed
     )
-    options = {
-        "steps": sizes["steps"],
-        "warmup_steps": sizes["steps"] // 10,
-        "lr": 1e-2,
-        "compile": "off",
-        "precision": "fp32",
-    }
-    fitted = fit(
-        small,
-        batches,
-        next_token_loss,
-        FitSettings(**(options | {"seed": seed} | settings)),
-        evaluate=evaluate,
-        progress=False,
-    )
+    options = {"steps": sizes["steps"], "warmup_steps": sizes["steps"] // 10, "lr": 1e-2, "optimizer": "muon"}
+    options |= {"compile": "off", "precision": "fp32", "seed": seed} | settings
+    fitted = fit(small, batches, next_token_loss, FitSettings(**options), evaluate=evaluate, progress=False)
     return small, fitted
+
+
+def evaluation_curves(runs):
+    """For plotting: name -> (steps, mean validation loss over seeds), and name -> (lowest, highest)."""
+    series, spread = {}, {}
+    for name, fitted in runs.items():
+        values = list(zip(*([e["validation_loss"] for e in f.evaluations] for f in fitted), strict=True))
+        series[name] = [e["step"] for e in fitted[0].evaluations], [statistics.fmean(v) for v in values]
+        spread[name] = [min(v) for v in values], [max(v) for v in values]
+    return series, spread
 
 
 def final_loss(fitted):
@@ -515,18 +520,10 @@ for name, fitted in schedules.items():
     print(f"{name:>9}: {seed_interval([final_loss(f) for f in fitted]):.3f}{text}")
 
 # %%
-series = {
-    name: (
-        [e["step"] for e in fitted[0].evaluations],
-        [
-            statistics.fmean(values)
-            for values in zip(*([e["validation_loss"] for e in f.evaluations] for f in fitted), strict=True)
-        ],
-    )
-    for name, fitted in schedules.items()
-}
+series, spread = evaluation_curves(schedules)
 figure = plotting.lines(
     series,
+    bands=spread,
     xlabel="step",
     ylabel="validation loss, nats per token",
     title=f"Four schedules, the same peak, mean of {len(seeds)} seeds",
@@ -534,7 +531,7 @@ figure = plotting.lines(
 plotting.show(
     figure,
     alt="Validation loss against step for four schedules: constant and WSD coincide until the decay begins, then WSD drops "
-    "below; cosine and linear lie below them before and near WSD at the end.",
+    "below it; cosine and linear run beside them.",
 )
 results["schedules"] = {
     "steps": series["wsd"][0],
@@ -545,7 +542,7 @@ results["schedules"] = {
 }
 
 # %% [markdown]
-# **Read the result.** Until its decay WSD *is* the constant schedule: the same batches, the same rate, the same weights. What separates them at the end is a fifth of the steps with a falling rate. Nothing new was learned in kind; the parameters stopped bouncing. This is why a curve of a run in progress says little about where it will end, and why two runs are compared at the same point of their schedules. What WSD buys is the plateau: it does not know when the run ends, so the decision can wait.
+# **Read the result.** Until its decay WSD *is* the constant schedule: the same batches, the same rate, the same weights. What separates them at the end is a fifth of the steps with a falling rate, in which the parameters stop bouncing. Cosine and linear begin to slow down early, and in a run as short as this one they lose more by traveling less than they gain by settling; over a longer run, or at a higher peak, that balance turns. So the figure does not rank schedules. It shows that a loss in mid-run says little about where the run will end, that runs are compared at the same point of their schedules, and what WSD buys: the plateau does not know when the run ends, so the decision can wait.
 
 # %% [markdown]
 # ## 4. AdamW and Muon
@@ -671,18 +668,10 @@ for name, fitted in compared.items():
     )
 advantage = [final_loss(a) - final_loss(m) for a, m in zip(compared["adamw"], compared["muon"], strict=True)]
 print(f"AdamW minus Muon, seed by seed: {seed_interval(advantage):.3f}")
-series = {
-    name: (
-        [e["step"] for e in fitted[0].evaluations],
-        [
-            statistics.fmean(values)
-            for values in zip(*([e["validation_loss"] for e in f.evaluations] for f in fitted), strict=True)
-        ],
-    )
-    for name, fitted in compared.items()
-}
+series, spread = evaluation_curves(compared)
 figure = plotting.lines(
     series,
+    bands=spread,
     xlabel="step",
     ylabel="validation loss, nats per token",
     title=f"Equal tokens, mean of {len(seeds)} seeds",
@@ -792,17 +781,11 @@ def in_parts(batch, size):
 
 T = SMALL.context_length
 windows = PackedBatches(train_stream, batch_size=32, context_length=T, seed=SEED).next()
-order = (
-    torch.randperm(32, generator=torch.Generator().manual_seed(SEED)).sort().values
-)  # rows as they come: long, then short
-documents = max(whole_document_batches(tokenize(few, tokenizer, progress=False), batch_size=32, context_length=T),
-                key=lambda b: (b["tokens"].shape[0], (b["targets"] == -100).sum()))  # fmt: skip
-short = documents["documents"].clone()
-first_of_row = short[:, :1]
-padded = {
-    "tokens": documents["tokens"],
-    "targets": documents["targets"].masked_fill(short != first_of_row, -100),
-}
+documents = sorted((validation_stream.document(i)[:T] for i in range(32)), key=len)  # short ones first
+padded = {"tokens": torch.full((32, T), tokenizer.eos_id), "targets": torch.full((32, T), -100)}
+for row, ids in enumerate(torch.from_numpy(np.array(ids, dtype=np.int64)) for ids in documents):
+    padded["tokens"][row, 1 : len(ids)] = ids[:-1]
+    padded["targets"][row, : len(ids)] = ids
 relative_error = {}
 for name, whole in {"packed windows": windows, "one document a row": padded}.items():
     reference = gradient_of([whole], "global")
@@ -1009,14 +992,20 @@ if known:
         probes["stories_consistent"]["value"] > 0.50,
         "more than half of its stories are grammatical and consistent",
     )
+before_decay = sum(step <= 0.8 * sizes["steps"] for step in series["muon"][0])
+same_run = [
+    [[e["validation_loss"] for e in f.evaluations[:before_decay]] for f in schedules[name]]
+    for name in ("constant", "wsd")
+]
+claim(
+    "trunk",
+    same_run[0] == same_run[1],
+    "until its decay begins, WSD is the constant rate's run, number for number, in every seed",
+)
 claim(
     "decay",
-    all(
-        final_loss(decayed) < final_loss(flat)
-        for name in ("cosine", "linear", "wsd")
-        for decayed, flat in zip(schedules[name], schedules["constant"], strict=True)
-    ),
-    "each schedule that decays ends below the constant rate, in every seed",
+    all(final_loss(a) < final_loss(b) for a, b in zip(schedules["wsd"], schedules["constant"], strict=True)),
+    "with its decay WSD ends below the constant rate, in every seed",
 )
 claim(
     "muon", min(advantage) > 0, "at equal tokens Muon ends below AdamW, each at its best rate, in every seed"
@@ -1047,14 +1036,14 @@ claim(
 # %% [markdown]
 # ## Break it
 #
-# A learning rate that is too high. The small model again, AdamW, without clipping, at the rate of section 3 and at rates far above it.
+# A learning rate that is too high. The small model again, AdamW, without clipping, at the rate of section 4 and at rates far above it.
 
 # %%
 broken = {}
 for lr in (1e-2, 1e-1, 1.0):
-    broken[lr] = small_run(SEED, lr=lr, grad_clip=0.0, schedule="constant", steps=60, evaluate=None)[
-        1
-    ].records
+    broken[lr] = small_run(
+        SEED, optimizer="adamw", lr=lr, grad_clip=0.0, schedule="constant", steps=60, evaluate=None
+    )[1].records
 figure = plotting.lines(
     {f"lr {lr:g}": ([r["step"] for r in rows], [r["loss"] for r in rows]) for lr, rows in broken.items()},
     xlabel="step", ylabel="training loss, nats per token", title="The same run at three learning rates", logy=True,
@@ -1078,7 +1067,16 @@ results["broken"] = {
 
 # %%
 try:
-    small_run(SEED, lr=1e20, grad_clip=0.0, schedule="constant", warmup_steps=0, steps=20, evaluate=None)
+    small_run(
+        SEED,
+        optimizer="adamw",
+        lr=1e20,
+        grad_clip=0.0,
+        schedule="constant",
+        warmup_steps=0,
+        steps=20,
+        evaluate=None,
+    )
     stopped = None
 except TrainingError as error:
     stopped = str(error)

@@ -98,7 +98,9 @@ LOOKUP = Exercise(
             "You seem to average the keys: keys decide the weights, values are what is averaged.",
         ),
     ),
-    hints=("Scores are q @ k.mT / sqrt(C), with shape (B, H, Tq, Tk); softmax over the last axis; then @ v.",),
+    hints=(
+        "Scores are q @ k.mT / sqrt(C), with shape (B, H, Tq, Tk); softmax over the last axis; then @ v.",
+    ),
 )
 
 # --- Section 2: the causal mask ------------------------------------------------------------------------------------
@@ -152,7 +154,9 @@ MASK = Exercise(
             "You seem to allow every pair: a query must not see keys that come after it.",
         ),
     ),
-    hints=("Compare two ranges: key positions 0 .. n_keys - 1, query positions n_keys - n_queries .. n_keys - 1.",),
+    hints=(
+        "Compare two ranges: key positions 0 .. n_keys - 1, query positions n_keys - n_queries .. n_keys - 1.",
+    ),
 )
 
 
@@ -271,7 +275,9 @@ ROPE = Exercise(
         ),
     ),
     atol=1e-5,
-    hints=("Split x into two halves a and b; the result is the concatenation of a cos - b sin and b cos + a sin.",),
+    hints=(
+        "Split x into two halves a and b; the result is the concatenation of a cos - b sin and b cos + a sin.",
+    ),
 )
 
 # --- Section 4: grouped heads and the memory of keys and values ----------------------------------------------------
@@ -323,8 +329,12 @@ def _kv_cases(seed: int) -> list[Case]:
     ]
 
 
-def _kv_reference(n_layers: int, n_kv_heads: int, d_head: int, tokens: int, batch: int, bytes_per_number: int) -> int:
-    config = ModelConfig(vocab_size=2, n_layers=n_layers, n_heads=n_kv_heads, n_kv_heads=n_kv_heads, d_head=d_head)
+def _kv_reference(
+    n_layers: int, n_kv_heads: int, d_head: int, tokens: int, batch: int, bytes_per_number: int
+) -> int:
+    config = ModelConfig(
+        vocab_size=2, n_layers=n_layers, n_heads=n_kv_heads, n_kv_heads=n_kv_heads, d_head=d_head
+    )
     return kv_cache_bytes(config, tokens, batch, bytes_per_number)
 
 
@@ -421,7 +431,9 @@ RMS_NORM = Exercise(
         ),
         Mutant(
             "no-gain",
-            lambda x, w, eps: _norm(x, torch.ones_like(w), torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)),
+            lambda x, w, eps: _norm(
+                x, torch.ones_like(w), torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+            ),
             "You seem to have left out the gain: multiply by `weight`.",
         ),
         Mutant(
@@ -432,7 +444,9 @@ RMS_NORM = Exercise(
         ),
     ),
     compare=_norm_compare,
-    hints=("Multiply x.float() by rsqrt of (its mean square over the last axis + eps), cast back, times weight.",),
+    hints=(
+        "Multiply x.float() by rsqrt of (its mean square over the last axis + eps), cast back, times weight.",
+    ),
 )
 
 
@@ -491,7 +505,9 @@ SWIGLU = Exercise(
     ),
     rtol=1e-4,
     atol=1e-4,
-    hints=("F.linear(x, W) is x W^T. Two projections to F, SiLU on the gate's, product, projection back to D.",),
+    hints=(
+        "F.linear(x, W) is x W^T. Two projections to F, SiLU on the gate's, product, projection back to D.",
+    ),
 )
 
 

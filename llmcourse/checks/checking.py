@@ -93,7 +93,8 @@ def check(exercise: Exercise | str, answer: Any, *, seed: int | None = None) -> 
 
 def judge(exercise: Exercise, answer: Any, *, seed: int = 0, quiet: bool = True) -> CheckResult:
     """`check` without printing its line; `quiet` also swallows what the answer prints."""
-    return _Trial(exercise, seed).judge(answer, quiet=quiet)
+    with _one_thread():
+        return _Trial(exercise, seed).judge(answer, quiet=quiet)
 
 
 class _Trial:
@@ -158,20 +159,23 @@ def verify(exercise: Exercise, seeds: tuple[int, ...] = (0, 1, 2)) -> list[str]:
     For each seed the reference must get full points, the unwritten stub none, and every mutant must be rejected with
     its own diagnosis.
     """
-    problems = []
-    for seed in seeds:
-        trial, place = _Trial(exercise, seed), f"{exercise.id}, seed {seed}"
-        reference, stub = trial.judge(exercise.reference), trial.judge(_stub)
-        if not reference.correct:
-            problems.append(f"{place}: the reference is rejected: {reference.message}")
-        if stub.status != UNANSWERED or stub.points:
-            problems.append(f"{place}: the stub is not seen as unanswered: {stub.message}")
-        for mutant in exercise.mutants:
-            result = trial.judge(mutant.function)
-            if result.correct:
-                problems.append(f"{place}: the mutant {mutant.name!r} is accepted")
-            elif result.mutant != mutant.name or mutant.diagnosis not in result.message:
-                problems.append(f"{place}: {mutant.name!r} is taken for {result.mutant!r}")
+    with _one_thread():
+        return [problem for seed in seeds for problem in _verify(exercise, seed)]
+
+
+def _verify(exercise: Exercise, seed: int) -> list[str]:
+    trial, place = _Trial(exercise, seed), f"{exercise.id}, seed {seed}"
+    reference, stub, problems = trial.judge(exercise.reference), trial.judge(_stub), []
+    if not reference.correct:
+        problems.append(f"{place}: the reference is rejected: {reference.message}")
+    if stub.status != UNANSWERED or stub.points:
+        problems.append(f"{place}: the stub is not seen as unanswered: {stub.message}")
+    for mutant in exercise.mutants:
+        result = trial.judge(mutant.function)
+        if result.correct:
+            problems.append(f"{place}: the mutant {mutant.name!r} is accepted")
+        elif result.mutant != mutant.name or mutant.diagnosis not in result.message:
+            problems.append(f"{place}: {mutant.name!r} is taken for {result.mutant!r}")
     return problems
 
 
@@ -241,16 +245,28 @@ def _changed(before: Case, after: Case) -> str | None:
 
 @contextlib.contextmanager
 def _same_randomness(seed: int) -> Iterator[None]:
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
-        try:
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed also queues a call for each absent device
+    try:
+        with torch.enable_grad():
             yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """On tensors this small, threads cost more than they give: a hundred times more on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _problem(exercise: Exercise, expected: Outcome, got: Outcome) -> str | None:

@@ -46,13 +46,13 @@ class TownSettings:
     """Shops of the notices, 2 at least."""
     paraphrases: int = 4
     """Most paraphrases in use of any one statement."""
-    story_characters: Range = (2, 4)
+    story_characters: Range = (2, 3)
     """Fewest and most characters of a story."""
-    story_objects: Range = (2, 3)
+    story_objects: Range = (2, 2)
     """Fewest and most objects of a story."""
-    story_places: Range = (3, 5)
+    story_places: Range = (2, 4)
     """Fewest and most places of a story, 2 at least."""
-    story_events: Range = (4, 10)
+    story_events: Range = (3, 7)
     """Fewest and most events between the opening and the closing sentence of a story."""
     record_facts: Range = (3, 6)
     """Fewest and most facts of a record."""

@@ -5,16 +5,21 @@ from __future__ import annotations
 from llmcourse.data import town_words as words
 from llmcourse.data.town_settings import TownSettings
 
-# Fields: c actor, d another character, o object, p place, m mood.
-CLASSES = {"c": "name", "d": "name", "o": "object", "p": "place", "m": "mood"}
+# Fields: c actor, d another character, o object, p place, q place that is left, m mood. Most sentences restate where
+# they happen: it costs no bits, and each one asks the reader where the actor is, not only the closing sentence.
+CLASSES = {"c": "name", "d": "name", "o": "object", "p": "place", "q": "place", "m": "mood"}
 ACTIONS: dict[str, tuple[str, ...]] = {
-    "go": ("{c} went to the {p}.", "{c} walked to the {p}.", "{c} ran to the {p}."),
+    "go": (
+        "{c} went from the {q} to the {p}.",
+        "{c} walked from the {q} to the {p}.",
+        "{c} left the {q} for the {p}.",
+    ),
     "feel": ("{c} felt {m}.", "{c} was {m}."),
     "wait": ("{c} waited in the {p}.", "{c} sat down in the {p}."),
-    "take": ("{c} picked up the {o}.", "{c} took the {o}."),
-    "drop": ("{c} put down the {o}.", "{c} left the {o} in the {p}."),
-    "give": ("{c} gave the {o} to {d}.", "{c} handed {d} the {o}."),
-    "greet": ("{c} greeted {d}.", "{c} said hello to {d}."),
+    "take": ("{c} picked up the {o} in the {p}.", "{c} took the {o} from the {p}."),
+    "drop": ("{c} put down the {o} in the {p}.", "{c} left the {o} in the {p}."),
+    "give": ("{c} gave the {o} to {d} in the {p}.", "{c} handed {d} the {o} in the {p}."),
+    "greet": ("{c} greeted {d} in the {p}.", "{c} said hello to {d} in the {p}."),
 }
 OPENINGS: dict[str, tuple[str, ...]] = {
     "stand": ("{c} was in the {p}.", "{c} stood in the {p}."),

@@ -30,12 +30,12 @@ class World:
         here = self.place_of[actor]
         mood = self.mood_of.get(actor)
         options = {
-            "go": [{"c": actor, "p": place} for place in self.places if place != here],
+            "go": [{"c": actor, "q": here, "p": place} for place in self.places if place != here],
             "feel": [{"c": actor, "m": m} for m in moods if m != mood],
         }
         if self.waited != actor:
             options["wait"] = [{"c": actor, "p": here}]
-        lying = [{"c": actor, "o": o} for o, place in self.lies_in.items() if place == here]
+        lying = [{"c": actor, "o": o, "p": here} for o, place in self.lies_in.items() if place == here]
         if lying:
             options["take"] = lying
         held = [o for o, holder in self.holder_of.items() if holder == actor]
@@ -43,8 +43,8 @@ class World:
         if held:
             options["drop"] = [{"c": actor, "o": o, "p": here} for o in held]
             if others:
-                options["give"] = [{"c": actor, "o": o, "d": other} for o in held for other in others]
-        greetable = [{"c": actor, "d": other} for other in others if (actor, other) not in self.greeted]
+                options["give"] = [{"c": actor, "o": o, "d": other, "p": here} for o in held for other in others]
+        greetable = [{"c": actor, "d": other, "p": here} for other in others if (actor, other) not in self.greeted]
         if greetable:
             options["greet"] = greetable
         return options
@@ -98,6 +98,8 @@ def why_impossible(world: World, action: str, event: dict[str, str]) -> str:
         return f"{actor} does not have the {thing}"
     if action == "go" and event["p"] not in world.places:
         return f"the {event['p']} does not belong to this story"
+    if (told := event.get("q" if action == "go" else "p", here)) != here:
+        return f"{actor} is in the {here}, not in the {told}"
     if action == "go":
         return f"{actor} is in the {here} already"
     if action == "wait" and event["p"] == here:

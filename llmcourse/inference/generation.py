@@ -95,7 +95,14 @@ def complete(
     """Continuations of text prompts, as text, cut before a stop string; ends at the end-of-text token.
 
     `changes` are fields of `SamplingParams`, for short: `complete(model, tokenizer, ["Once"], temperature=0)`.
+
+    Raises:
+        ValueError: both `params` and `changes`, a batch size below 1, or whatever `generate` refuses.
     """
+    if params is not None and changes:
+        raise ValueError(f"{', '.join(changes)}: give params or single values, not both")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: give at least 1")
     params = params or SamplingParams(**changes)  # type: ignore[arg-type]
     encoded = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))  # like lengths together: less padding
@@ -141,7 +148,7 @@ def _last_logits(model: Transformer, tokens: Tensor, padding: Tensor, cache: KVC
 
 def _holds_stop(ids: list[int], params: SamplingParams, tokenizer: TextCodec | None) -> bool:
     assert tokenizer is not None
-    longest = max(len(s) for s in params.stop)
+    longest = max(len(s.encode()) for s in params.stop)
     tail = tokenizer.decode(ids[-(longest + 8) :])  # a token has at least a byte, so the tail is long enough
     return any(stop in tail for stop in params.stop)
 

@@ -34,7 +34,7 @@ class SamplingParams:
     """of this call's random numbers; `None` draws from torch's global generator"""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not self.temperature >= 0:  # this way round it refuses NaN too
             raise ValueError(f"temperature={self.temperature}: give 0 (greedy) or more")
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k}: give 0 (all) or more")
@@ -46,6 +46,8 @@ class SamplingParams:
             raise ValueError(f"max_new_tokens={self.max_new_tokens}: give at least 1")
         if isinstance(self.stop, str):
             raise ValueError(f"stop={self.stop!r}: give a tuple of strings, ({self.stop!r},)")
+        if "" in self.stop:
+            raise ValueError(f"stop={self.stop!r}: every text holds the empty string; give strings with letters")
 
     @property
     def greedy(self) -> bool:

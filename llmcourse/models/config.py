@@ -47,6 +47,10 @@ class ModelConfig:
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give a positive number")
+        if self.rope_theta <= 0:
+            raise ValueError(f"rope_theta={self.rope_theta}: give a positive number, such as 10000")
+        if self.norm_eps < 0:
+            raise ValueError(f"norm_eps={self.norm_eps}: give 0 or more, such as 1e-5")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}: each key head "
@@ -58,5 +62,7 @@ class ModelConfig:
                     f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}: change one, or set d_head"
                 )
             object.__setattr__(self, "d_head", self.d_model // self.n_heads)
+        if self.d_head < 1:
+            raise ValueError(f"d_head={self.d_head}: give a positive number, or None for d_model / n_heads")
         if self.d_head % 2:
             raise ValueError(f"d_head={self.d_head} is odd: rotary embeddings need pairs of channels")

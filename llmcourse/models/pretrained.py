@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -29,6 +32,14 @@ BLOCK_NAMES = {
 }
 TOP_NAMES = {"embedding": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
 MODEL_TYPES = {"llama": False, "qwen3": True}  # model_type -> has q/k norm
+REQUIRED = (
+    "vocab_size",
+    "max_position_embeddings",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+)
 
 
 class Savable(Protocol):
@@ -79,8 +90,8 @@ def config_from_hub(hub: dict[str, Any]) -> ModelConfig:
     """Our configuration of a config.json.
 
     Raises:
-        ValueError: another family, or a feature that this model lacks (biases, scaled or partial rotary positions,
-            another activation, a sliding window in use).
+        ValueError: another family, an entry is missing, or a feature that this model lacks (biases, scaled or partial
+            rotary positions, another activation, a sliding window in use).
     """
     model_type = hub.get("model_type")
     if model_type not in MODEL_TYPES:
@@ -91,11 +102,15 @@ def config_from_hub(hub: dict[str, Any]) -> ModelConfig:
         "attention_bias": hub.get("attention_bias", False),
         "mlp_bias": hub.get("mlp_bias", False),
         "rope scaling": rope.get("rope_type", rope.get("type", "default")) != "default",
+        "partial rotary positions": (rope | hub).get("partial_rotary_factor", 1.0) != 1.0,
         "use_sliding_window": hub.get("use_sliding_window", False),
     }
     found = [name for name, is_set in unsupported.items() if is_set]
     if found:
         raise ValueError(f"the checkpoint uses {', '.join(found)}, which this model does not have")
+    missing = [name for name in REQUIRED if hub.get(name) is None]
+    if missing:
+        raise ValueError(f"config.json lacks {', '.join(missing)}: give a folder that save_pretrained wrote")
     n_heads = hub["num_attention_heads"]
     return ModelConfig(
         vocab_size=hub["vocab_size"],
@@ -124,15 +139,32 @@ def state_to_hub(model: Transformer) -> dict[str, Tensor]:
 
 
 def save_pretrained(model: Transformer, folder: str | Path, tokenizer: Savable | None = None) -> Path:
-    """Write config.json and model.safetensors (and the tokenizer's files), which `AutoModelForCausalLM` opens."""
+    """Write config.json and model.safetensors (and the tokenizer's files), which `AutoModelForCausalLM` opens.
+
+    All is written under other names first, so that a full disk leaves what was there.
+
+    Raises:
+        OSError: the folder cannot be written or is full.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(state_to_hub(model), folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config_to_hub(model.config), indent=2) + "\n", encoding="utf-8")
     generation = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-    if tokenizer is not None:
-        tokenizer.save(folder)
+    texts = {"config.json": config_to_hub(model.config), "generation_config.json": generation}
+    names = ("model.safetensors", *texts)
+    partial = {name: folder / f".{name}.{os.getpid()}.partial" for name in names}
+    try:
+        save_file(state_to_hub(model), partial["model.safetensors"], metadata={"format": "pt"})
+        for name, content in texts.items():
+            partial[name].write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save(folder)
+        for name in names:
+            partial[name].replace(folder / name)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, f"{folder} cannot be written ({error}): is the disk full?") from error
+    finally:
+        for path in partial.values():
+            path.unlink(missing_ok=True)
     return folder
 
 
@@ -140,17 +172,24 @@ def from_pretrained(name_or_folder: str | Path, *, dtype: torch.dtype = torch.fl
     """Open a Llama or Qwen3 checkpoint from a local folder, or by its Hub name from the cache or the network.
 
     Raises:
-        ValueError: no such folder and no network, no config.json, an unsupported architecture, or tensors that do not
-            fit the configuration.
+        ValueError: no such folder and no network, no config.json, an unsupported architecture, a damaged file, or
+            tensors that do not fit the configuration.
     """
-    folder = _local_folder(name_or_folder)
+    folder = local_folder(name_or_folder)
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no config.json: give a folder that save_pretrained wrote")
-    config = config_from_hub(json.loads(path.read_text(encoding="utf-8")))
+    try:
+        hub = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}): save or download the model again") from None
+    config = config_from_hub(hub)
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("model*.safetensors")):
-        tensors |= load_file(file)
+        try:
+            tensors |= load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is truncated or damaged ({error}): save or download it again") from None
     if not tensors:
         raise ValueError(f"{folder} holds no model*.safetensors: only safetensors checkpoints are read")
     return model_from_hub(config, tensors, dtype=dtype)
@@ -183,7 +222,12 @@ def model_from_hub(config: ModelConfig, tensors: dict[str, Tensor], *, dtype: to
     return model.eval()
 
 
-def _local_folder(name_or_folder: str | Path) -> Path:
+def local_folder(name_or_folder: str | Path) -> Path:
+    """The folder itself, or that of the Hub's model of that name, downloaded first if it is not in the cache.
+
+    Raises:
+        ValueError: no such folder, and no such name or no network.
+    """
     folder = Path(name_or_folder)
     if folder.is_dir():
         return folder

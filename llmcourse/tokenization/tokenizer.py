@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,6 +77,11 @@ class Tokenizer:
         self.eos_token, self.pad_token, self.bos_token = eos_token, pad_token, bos_token or eos_token
         self.chat_template = chat_template
         self.eos_id, self.pad_id, self.bos_id = map(self.special_id, (eos_token, pad_token, self.bos_token))
+
+    def __reduce__(self) -> tuple[Callable[..., Tokenizer], tuple[object, ...]]:
+        """Pickle as the arguments of `_rebuild`: the backend's own pickle forgets `encode_special_tokens`."""
+        text = self.backend.to_str()
+        return _rebuild, (text, self.eos_token, self.pad_token, self.bos_token, self.chat_template)
 
     @classmethod
     def train(
@@ -321,6 +326,12 @@ class Tokenizer:
         )
         fast.chat_template = self.chat_template
         return fast
+
+
+def _rebuild(text: str, eos: str, pad: str, bos: str, chat_template: str | None) -> Tokenizer:
+    """A tokenizer from what `Tokenizer.__reduce__` gave."""
+    backend = tokenizers.Tokenizer.from_str(text)
+    return Tokenizer(backend, eos_token=eos, pad_token=pad, bos_token=bos, chat_template=chat_template)
 
 
 def _new_backend(model: models.BPE) -> tokenizers.Tokenizer:

@@ -106,6 +106,8 @@ class FitSettings:
         for name in ("decay_fraction", "final_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give a fraction between 0 and 1")
+        if not all(0 <= value < 1 for value in (*self.betas, self.momentum)):
+            raise ValueError(f"betas={self.betas}, momentum={self.momentum}: give numbers from 0 to below 1")
         if self.precision not in runtime.PRECISIONS:
             raise ValueError(f"precision={self.precision!r}: choose one of {', '.join(runtime.PRECISIONS)}")
         if self.compile not in ("auto", "on", "off"):
@@ -167,12 +169,13 @@ def fit(
 
     Raises:
         TrainingError: the loss or the gradient norm is not finite; the step is not taken.
+        ValueError: the checkpoint found is of another model, other optimizers, other data, or a later step.
     """
     device = next(model.parameters()).device
     world = distributed.world()
     runtime.set_seed(settings.seed)
     optimizers = _optimizers(model, settings)
-    result, first = _resume(model, optimizers, batches, checkpoint_folder)
+    result, first = _resume(model, optimizers, batches, checkpoint_folder, settings.steps)
     autocast_dtype = runtime.precision_dtype(settings.precision, device)
     autocast = torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None)
     replica = distributed.wrap(model)
@@ -322,10 +325,13 @@ def _resume(
     optimizers: list[torch.optim.Optimizer],
     batches: BatchSource,
     folder: Path | str | None,
+    steps: int,
 ) -> tuple[FitResult, int]:
     found = checkpoints.find_checkpoint(folder) if folder is not None else None
     if found is None:
         return FitResult(), 0
+    if found.step > steps:
+        raise ValueError(f"{folder} is at step {found.step}, beyond steps={steps}: give more steps or another folder")
     data_state, extra = checkpoints.load_checkpoint(found, model=model, optimizers=optimizers)
     batches.load_state_dict(data_state)
     result = FitResult(

@@ -141,6 +141,8 @@ def with_changes(settings: PretrainSettings, **changes: Any) -> PretrainSettings
     for part in ("model", "fit"):
         names = {f.name for f in dataclasses.fields(getattr(settings, part))} - own
         chosen = {name: changes.pop(name) for name in list(changes) if name in names}
+        if {"d_model", "n_heads"} & chosen.keys():
+            chosen.setdefault("d_head", None)  # follows the new width, as it followed the old one
         parts[part] = dataclasses.replace(getattr(settings, part), **chosen)
     unknown = [name for name in changes if name not in own]
     if unknown:
@@ -179,8 +181,13 @@ def pretrain(
     """Train a fresh model on a token stream; with a checkpoint folder, go on where an earlier run stopped.
 
     Raises:
-        ValueError: the stream's vocabulary does not fit the settings, or it is shorter than one window.
+        ValueError: the streams are of two tokenizers, `train` is shorter than one window, or what `fit` refuses.
     """
+    if valid is not None and valid.vocab_size != train.vocab_size:
+        raise ValueError(
+            f"the training stream has vocab_size {train.vocab_size}, the validation stream {valid.vocab_size}: "
+            "tokenize both with one tokenizer"
+        )
     world = distributed.world()
     model = new_model(settings, train.vocab_size, device)
     batches = PackedBatches(
