@@ -101,6 +101,7 @@ def test_outside_a_checkout(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == "error: no checkout here\n"
 
 
+@pytest.mark.slow
 def test_build_numbers_chapters_by_their_labs_and_skips_when_current(tiny):
     kept = tiny / "_build/labs/07_topic.ipynb"
     kept.parent.mkdir(parents=True)

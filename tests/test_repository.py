@@ -247,6 +247,7 @@ def test_readme_links_lead_somewhere():
             assert target.startswith("https://") or (ROOT / target).exists(), f"{name}: {target}"
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_package_and_nothing_else(tmp_path):
     source = tmp_path / "source"
     shutil.copytree(ROOT / "llmcourse", source / "llmcourse", ignore=shutil.ignore_patterns("__pycache__"))

@@ -9,17 +9,16 @@ however large. `Town.parse` recovers the bits from the text alone.
 Examples of the four kinds, from `Town(0)`:
 
 Story:
-    Anna and Luke lived near the park, the school, the barn and the station. Anna stood in the barn. Luke stood
-    in the park. The basket lay in the station. The lamp was in the park. The key lay in the station. Luke took
-    the lamp. Luke put down the lamp. Anna went to the station. Luke ran to the station. Luke picked up the
-    key. Luke waited in the station. Anna went to the barn. Anna was angry. Anna went to the school. In the
-    end, the key was with Luke.
+    Sara and Max lived near the yard, the park, the hall and the station. Sara stood in the hall. Max stood in
+    the yard. Max held the book. Sara had the lamp. Sara left the lamp in the hall. Max waited in the yard.
+    Sara took the lamp from the hall. Max went from the yard to the hall. Sara felt calm. Max handed Sara the
+    book in the hall. Sara handed Max the book in the hall. In the end, the book was with Max.
 Record:
     Susan Day's instrument is the cello. Susan Day is a baker by trade. Susan Day likes to eat eggs. She grew
     up in Bonn. She takes care of a snake.
 Sum:
-    71 - 43: 11-3=8, 6-4=2, 28
-    85 - 33 = 52
+    83 - 26: 13-6=7, 7-2=5, 57
+    62 + 11 = 73
 Dialogue:
     "Shall we meet in the park on Thursday at 7?" Julia asked Ella. "I do not like the park, but the kitchen is
     nice," Ella said. "Fine, I will see you in the kitchen on Thursday at 7," Julia said.

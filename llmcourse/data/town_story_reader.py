@@ -144,14 +144,13 @@ class StoryReading:
             self._wrong(position, f"{actor} does not belong to this story", is_grammar=False)
             return
         options = world.options(actor, self.language.moods)
-        # A wording may leave a field unsaid ("put down the ball"): the option may know more than the sentence.
-        possible = [option for option in options.get(action, []) if event.items() <= option.items()]
-        if possible:
+        # Every wording says every field, the restated place too, so a sentence is one of the options or impossible.
+        if event in options.get(action, []):
             for choices in (world.names, options, options[action], self.language.actions[action]):
                 self.bits += log2(len(choices))
         else:
             self._wrong(position, why_impossible(world, action, event), is_grammar=False)
-        world.happen(action, possible[0] if possible else event)
+        world.happen(action, event)
 
     def _check_closing(self, position: int, closing: tuple[str, dict[str, str]]) -> None:
         closings = self.world.closings()

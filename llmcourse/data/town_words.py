@@ -1,9 +1,10 @@
 """The words of Tinytown: every pool that its grammars draw from, and how to find these words in a text.
 
 Pools are disjoint, so a word tells its class. Replacing each pool word by its class turns a sentence into a
-*skeleton* ("Anna took the ball." becomes "<name> took the <object>."), and a skeleton tells the template:
-this is what makes the grammars readable backwards, one derivation a text. All entries are common words of one
-piece, so that a byte-pair encoding of about a thousand entries has a token for nearly each.
+*skeleton* ("Anna took the ball from the park." becomes "<name> took the <object> from the <place>."), and a
+skeleton tells the template: this is what makes the grammars readable backwards, one derivation a text. All
+entries are common words of one piece, so that a byte-pair encoding of about a thousand entries has a token for
+nearly each.
 """
 
 from __future__ import annotations
@@ -109,8 +110,8 @@ def template_skeleton(template: str, classes: Mapping[str, str]) -> tuple[str, l
     """Skeleton of a `str.format` template, and its field names in order of appearance.
 
     Args:
-        template: text with named fields, for example "{c} took the {o}."
-        classes: field name -> word class, for example {"c": "name", "o": "object"}
+        template: text with named fields, for example "{c} took the {o} from the {p}."
+        classes: field name -> word class, for example {"c": "name", "o": "object", "p": "place"}
     """
     fields = re.findall(r"{(\w+)}", template)
     return template.format(**{field: f"<{classes[field]}>" for field in fields}), fields

@@ -43,8 +43,12 @@ class World:
         if held:
             options["drop"] = [{"c": actor, "o": o, "p": here} for o in held]
             if others:
-                options["give"] = [{"c": actor, "o": o, "d": other, "p": here} for o in held for other in others]
-        greetable = [{"c": actor, "d": other, "p": here} for other in others if (actor, other) not in self.greeted]
+                options["give"] = [
+                    {"c": actor, "o": o, "d": other, "p": here} for o in held for other in others
+                ]
+        greetable = [
+            {"c": actor, "d": other, "p": here} for other in others if (actor, other) not in self.greeted
+        ]
         if greetable:
             options["greet"] = greetable
         return options
@@ -92,7 +96,7 @@ def why_impossible(world: World, action: str, event: dict[str, str]) -> str:
         return f"the {thing} does not belong to this story"
     if other is not None and world.place_of.get(other) != here:
         return f"{other} is not with {actor} in the {here}"
-    if action == "take":
+    if action == "take" and world.lies_in.get(str(thing)) != here:
         return f"the {thing} does not lie in the {here}, where {actor} is"
     if action in ("drop", "give") and world.holder_of.get(str(thing)) != actor:
         return f"{actor} does not have the {thing}"
@@ -102,12 +106,10 @@ def why_impossible(world: World, action: str, event: dict[str, str]) -> str:
         return f"{actor} is in the {here}, not in the {told}"
     if action == "go":
         return f"{actor} is in the {here} already"
-    if action == "wait" and event["p"] == here:
+    if action == "wait":
         return f"{actor} has just waited"
     if action == "feel":
         return f"{actor} is {event['m']} already"
     if action == "greet":
         return f"{actor} has greeted {other} already"
-    if action == "give":
-        return f"{actor} cannot give the {thing} to {other}"
-    return f"{actor} is in the {here}, not in the {event['p']}"
+    return f"{actor} cannot give the {thing} to {other}"
