@@ -13,7 +13,7 @@ from rich.table import Table
 
 from benchmarks.harness import missed, write
 
-CPU = ("training_throughput", "generation_speed", "base_model")
+CPU = ("training_throughput", "generation_speed", "base_model", "python_docs")
 GPU = ("gpu_pretraining",)
 
 

@@ -133,7 +133,8 @@ def run_pretraining(out: Path, preset: str, device: str | None, changes: dict[st
     settings = pretraining.preset(preset, **changes)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: give a folder")
-    out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written should not come out after the training
+    # A folder that cannot be written should come out now, not after the training.
+    out.mkdir(parents=True, exist_ok=True)
     chosen = runtime.pick_device(device or ("cpu" if preset == "cpu" else None))
     world = distributed.start(chosen)
     if not world.is_main:

@@ -27,7 +27,14 @@ SHAPES = [
 
 
 def config_of(**changes: object) -> ModelConfig:
-    sizes = {"vocab_size": 37, "context_length": 24, "d_model": 16, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2}
+    sizes = {
+        "vocab_size": 37,
+        "context_length": 24,
+        "d_model": 16,
+        "n_layers": 3,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+    }
     return ModelConfig(**(sizes | {"d_ff": 20} | changes))
 
 

@@ -125,14 +125,20 @@ def test_flags_reach_the_settings(command, monkeypatch, tmp_path):
         seen.update(out=out, device=device)
 
     monkeypatch.setattr(cli, "run_pretraining", run)
-    flags = "--steps 7 --lr 0.5 --betas 0.5 0.75 --no-tie-embeddings --qk-norm --schedule linear --n-documents 9"
-    output = command("pretrain", "--preset", "gpu", "--out", tmp_path / "x", "--device", "cpu", *flags.split())
+    flags = (
+        "--steps 7 --lr 0.5 --betas 0.5 0.75 --no-tie-embeddings --qk-norm --schedule linear --n-documents 9"
+    )
+    output = command(
+        "pretrain", "--preset", "gpu", "--out", tmp_path / "x", "--device", "cpu", *flags.split()
+    )
     assert output.code == 0, output.err
     settings, preset = seen["settings"], pretraining.preset("gpu")
     assert (settings.fit.steps, settings.fit.lr, settings.fit.betas) == (7, 0.5, (0.5, 0.75))
     assert (settings.model.tie_embeddings, settings.model.qk_norm) == (False, True)
     assert (settings.fit.schedule, settings.n_documents) == ("linear", 9)
-    assert settings.model.d_model == preset.model.d_model and settings.fit.micro_steps == preset.fit.micro_steps
+    assert (
+        settings.model.d_model == preset.model.d_model and settings.fit.micro_steps == preset.fit.micro_steps
+    )
     assert (seen["out"], seen["device"]) == (tmp_path / "x", "cpu")
 
 
@@ -141,10 +147,21 @@ def test_flags_reach_the_settings(command, monkeypatch, tmp_path):
 
 def test_pretrain_leaves_a_whole_model(trained):
     names = {path.name for path in trained.iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "metrics.json", "records.json", "checkpoints"} <= names
+    assert {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "metrics.json",
+        "records.json",
+        "checkpoints",
+    } <= names
     assert not [name for name in names if name.startswith(".")]
     metrics = json.loads((trained / "metrics.json").read_text())
-    assert metrics["floor"] is None and metrics["validation_bits_per_byte"] > 0 and metrics["tokens"] == 3 * 2 * 64
+    assert (
+        metrics["floor"] is None
+        and metrics["validation_bits_per_byte"] > 0
+        and metrics["tokens"] == 3 * 2 * 64
+    )
     assert len(json.loads((trained / "records.json").read_text())["records"]) == 3
     assert from_pretrained(trained).config.vocab_size == Tokenizer.load(trained).vocab_size
 
@@ -191,16 +208,24 @@ def test_build_makes_a_stage_and_artifacts_lists_it(command, monkeypatch, traine
 
     def load(stage, **options):
         asked.append((stage, options))
-        artifact = type("Artifact", (), {"path": trained, "metrics": {"validation_loss": 1.5, "corpus": "tinytown"}})
+        artifact = type(
+            "Artifact", (), {"path": trained, "metrics": {"validation_loss": 1.5, "corpus": "tinytown"}}
+        )
         return pipeline.Loaded(None, None, artifact)
 
     monkeypatch.setattr(pipeline, "load", load)
     output = command("build", "base", "--preset", "gpu", "--seed", 3)
     assert output.code == 0
     assert asked == [("base", {"preset": "gpu", "corpus": "tinytown", "seed": 3})]
-    assert re.search(r"^validation_loss +1\.5$", output.out, re.MULTILINE) and f"base: {trained}" in output.out
+    assert (
+        re.search(r"^validation_loss +1\.5$", output.out, re.MULTILINE) and f"base: {trained}" in output.out
+    )
     listed = command("artifacts")
-    assert listed.code == 0 and {line.split()[0] for line in listed.out.splitlines()} >= {"corpus", "tokenizer", "tokens"}
+    assert listed.code == 0 and {line.split()[0] for line in listed.out.splitlines()} >= {
+        "corpus",
+        "tokenizer",
+        "tokens",
+    }
 
 
 # Bad input
@@ -240,10 +265,12 @@ def test_an_empty_corpus_is_one_line(command, tmp_path):
 
 
 def test_a_document_longer_than_the_context_is_split(command, tmp_path):
-    (tmp_path / "long.txt").write_text("One word and another. " * 300)
-    (tmp_path / "short.txt").write_text("A short text about words.")
+    for i in range(3):
+        (tmp_path / f"long{i}.txt").write_text(f"Part {i}. " + "One word and another. " * 300)
     output = command(*pretrain_of(tmp_path, tmp_path / "out"))
     assert output.code == 0, output.err
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["validation_tokens"] > 64  # one document, evaluated whole, in pieces of the context
 
 
 def test_a_tokenizer_of_another_model_is_one_line(command, trained, tmp_path):
@@ -251,7 +278,9 @@ def test_a_tokenizer_of_another_model_is_one_line(command, trained, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(trained / name, tmp_path)
     size = Tokenizer.load(trained).vocab_size
-    assert_refused(command("generate", "--model", tmp_path, "Once"), "vocab_size 270", f"the tokenizer {size}")
+    assert_refused(
+        command("generate", "--model", tmp_path, "Once"), "vocab_size 270", f"the tokenizer {size}"
+    )
 
 
 def test_a_model_folder_without_a_tokenizer_is_one_line(command, tmp_path):

@@ -32,7 +32,11 @@ def test_lines_draws_each_series_with_its_band_and_level():
     drawn = {line.get_label(): line for line in axes.lines}
     for name, (x, y) in series.items():
         assert drawn[name].get_xdata().tolist() == x and drawn[name].get_ydata().tolist() == y
-    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title()) == ("step", "loss in nats", "Two optimizers")
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title()) == (
+        "step",
+        "loss in nats",
+        "Two optimizers",
+    )
     (band,) = axes.collections
     assert {round(float(y), 6) for y in band.get_paths()[0].vertices[:, 1]} == {0.0, 1.0, 2.0, 3.0}
     assert band.get_facecolor()[0][:3] == pytest.approx(matplotlib.colors.to_rgb(drawn["Muon"].get_color()))
@@ -52,7 +56,9 @@ def test_options_of_lines():
 
 @pytest.mark.parametrize("errors", [[0.1, 0.2], [[0.1, 0.2], [0.3, 0.4]]])
 def test_bars_draws_values_and_errors(errors):
-    axes = axes_of(plotting.bars(["facts", "sums"], [0.6, 0.2], errors, ylabel="share", horizontal={"chance": 0.01}))
+    axes = axes_of(
+        plotting.bars(["facts", "sums"], [0.6, 0.2], errors, ylabel="share", horizontal={"chance": 0.01})
+    )
     assert [bar.get_height() for bar in axes.patches] == [0.6, 0.2]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["facts", "sums"]
     below, above = np.asarray(errors) if np.ndim(errors) == 2 else (errors, errors)
@@ -70,13 +76,17 @@ def test_many_labels_are_turned():
 
 def test_heatmap_shows_the_matrix_in_its_range():
     matrix = np.arange(6.0).reshape(2, 3)
-    figure = plotting.heatmap(matrix, ["r0", "r1"], ["a", "b", "c"], title="t", xlabel="key", ylabel="query", high=9.0)
+    figure = plotting.heatmap(
+        matrix, ["r0", "r1"], ["a", "b", "c"], title="t", xlabel="key", ylabel="query", high=9.0
+    )
     axes = axes_of(figure)
     (image,) = axes.images
     assert np.array_equal(image.get_array(), matrix) and image.get_clim() == (0.0, 9.0)
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["a", "b", "c"]
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["r0", "r1"]
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("key", "query") and len(figure.axes) == 2  # with a scale
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("key", "query") and len(
+        figure.axes
+    ) == 2  # with a scale
 
 
 def test_the_same_figure_gives_the_same_svg():

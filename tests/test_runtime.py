@@ -67,7 +67,9 @@ def test_an_unknown_precision_is_refused():
         runtime.precision_dtype("fp8", CPU)
 
 
-@pytest.mark.parametrize(("flags", "expected"), [({"avx512_bf16"}, True), ({"amx_bf16"}, True), ({"avx2"}, False)])
+@pytest.mark.parametrize(
+    ("flags", "expected"), [({"avx512_bf16"}, True), ({"amx_bf16"}, True), ({"avx2"}, False)]
+)
 def test_bf16_hardware_is_read_from_the_flags(flags, expected, monkeypatch):
     monkeypatch.setattr(runtime, "_cpu_flags", lambda: frozenset(flags))
     monkeypatch.setattr(torch.backends.cpu, "_has_bf16", False, raising=False)

@@ -341,7 +341,7 @@ results["softmax"] = {
 }
 
 # %% [markdown]
-# **Read the result.** Unscaled, the standard deviation is $\sqrt{d_h}$ and the entropy goes to zero: each query picks one key at random, at initialization, before anything was learned. The Jacobian first *rises*, because nearly uniform weights have a small Jacobian too, and then falls as the softmax saturates. Compare its mean with its median: the typical query has no gradient left, while the mean is held up by the few queries whose two best keys happen to score alike. Scaled, all these numbers stop depending on the width, and that is what the factor is for: a model can change its head width without changing the temperature of its attention. The argument is about initialization. Training can make the scores as large as it likes, and in large models it does; that is why newer models normalize queries and keys (`qk_norm`, Qwen3), which bounds every score by $\sqrt{d_h}$ times the gains.
+# **Read the result.** Unscaled, the standard deviation is $\sqrt{d_h}$ and the entropy goes to zero: each query picks one key at random, at initialization, before anything was learned. The Jacobian first *rises*, because nearly uniform weights have a small Jacobian too, and then falls as the softmax saturates. Compare its mean with its median: at width 512 the typical query has next to no gradient left, while the mean is held up by the few queries whose two best keys happen to score alike. At the widths in use today, 64 to 128, it is the entropy that is lost first. Scaled, all these numbers stop depending on the width, and that is what the factor is for: a model can change its head width without changing the temperature of its attention. The argument is about initialization. Training can make the scores as large as it likes, and in large models it does; that is why newer models normalize queries and keys (`qk_norm`, Qwen3), which bounds every score by $\sqrt{d_h}$ times the gains.
 #
 # **Why a mask.** A language model is trained on all positions of a text at once. Position $t$ predicts token $t+1$, and token $t+1$ stands in the input one place to the right. Nothing but the mask keeps position $t$ from reading it.
 #
@@ -764,8 +764,8 @@ figure = plotting.lines(
 )
 plotting.show(
     figure,
-    alt="Held-out loss against position for each seed: it falls over the first positions, is level up to position 64, "
-    "and climbs steeply after it.",
+    alt="Held-out loss against position for each seed: it falls over the first positions, is level through the trained "
+    "length of 64 and somewhat beyond, and then climbs by several nats.",
 )
 within = by_position[:, TRAINED_LENGTH // 2 : TRAINED_LENGTH].mean(1).tolist()
 beyond = by_position[:, READ_LENGTH - TRAINED_LENGTH :].mean(1).tolist()
@@ -777,7 +777,7 @@ results["length"] = {
 }  # fmt: skip
 
 # %% [markdown]
-# **Read the result.** Relative positions do not extrapolate by themselves. Scores depend on the distance between query and key only, as section 3 showed, but distances above 63 never occurred in training, and a head that puts its weight well at all distances it knows puts it anywhere at those it does not. A context length is trained, or extended on purpose, never had for free.
+# **Read the result.** Relative positions do not extrapolate by themselves. Scores depend on the distance between query and key only, as section 3 showed, but distances above 63 never occurred in training. Some of them come free, as long as the angles are not too unlike those of training; then heads that put their weight well at all distances they know put it anywhere, and each seed breaks in its own way. A context length is trained, or extended on purpose, never had for nothing.
 
 
 # %%

@@ -9,10 +9,10 @@ however large. `Town.parse` recovers the bits from the text alone.
 Examples of the four kinds, from `Town(0)`:
 
 Story:
-    Sara and Max lived near the yard, the park, the hall and the station. Sara stood in the hall. Max stood in
-    the yard. Max held the book. Sara had the lamp. Sara left the lamp in the hall. Max waited in the yard.
-    Sara took the lamp from the hall. Max went from the yard to the hall. Sara felt calm. Max handed Sara the
-    book in the hall. Sara handed Max the book in the hall. In the end, the book was with Max.
+    Jane and Max lived near the forest and the garden. Jane stood in the forest. Max stood in the garden. The
+    rope lay in the forest. Max held the cup. Max put down the cup in the garden. Jane went from the forest to
+    the garden. Jane picked up the cup in the garden. Jane handed Max the cup in the garden. Jane walked from
+    the garden to the forest. In the end, the rope was in the forest.
 Record:
     Susan Day's instrument is the cello. Susan Day is a baker by trade. Susan Day likes to eat eggs. She grew
     up in Bonn. She takes care of a snake.

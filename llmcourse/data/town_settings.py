@@ -18,14 +18,14 @@ class TownSettings:
         ValueError: if a size is outside what the pools and the grammars allow.
     """
 
-    story_weight: float = 0.20
-    """Relative frequency of stories among documents (about 36 % of the tokens)."""
-    record_weight: float = 0.51
-    """Relative frequency of records (about 37 % of the tokens)."""
-    sum_weight: float = 0.17
-    """Relative frequency of documents of sums (about 16 % of the tokens)."""
-    dialogue_weight: float = 0.12
-    """Relative frequency of dialogues and notices (about 11 % of the tokens)."""
+    story_weight: float = 0.34
+    """Relative frequency of stories among documents (about 43 % of the tokens)."""
+    record_weight: float = 0.33
+    """Relative frequency of records (about 25 % of the tokens)."""
+    sum_weight: float = 0.23
+    """Relative frequency of documents of sums (about 23 % of the tokens)."""
+    dialogue_weight: float = 0.10
+    """Relative frequency of dialogues and notices (about 9 % of the tokens)."""
     first_names: int = len(words.FIRST_NAMES)
     """First names in use, 2 at least."""
     last_names: int = len(words.LAST_NAMES)
@@ -46,13 +46,13 @@ class TownSettings:
     """Shops of the notices, 2 at least."""
     paraphrases: int = 4
     """Most paraphrases in use of any one statement."""
-    story_characters: Range = (2, 3)
+    story_characters: Range = (2, 2)
     """Fewest and most characters of a story."""
-    story_objects: Range = (2, 2)
+    story_objects: Range = (1, 2)
     """Fewest and most objects of a story."""
-    story_places: Range = (2, 4)
+    story_places: Range = (2, 3)
     """Fewest and most places of a story, 2 at least."""
-    story_events: Range = (3, 7)
+    story_events: Range = (2, 5)
     """Fewest and most events between the opening and the closing sentence of a story."""
     record_facts: Range = (3, 6)
     """Fewest and most facts of a record."""

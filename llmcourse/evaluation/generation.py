@@ -29,9 +29,14 @@ class StoryQuality:
 def exact_match(
     model: Transformer, tokenizer: TextCodec, probes: Sequence[Probe], *, max_new_tokens: int = 24
 ) -> Estimate:
-    """Share of probes whose greedy completion begins with the answer, with Wilson's 95 % interval."""
-    texts = complete(model, tokenizer, [p.prompt for p in probes], temperature=0.0, max_new_tokens=max_new_tokens)
-    right = sum(probe.matches(text) for probe, text in zip(probes, texts, strict=True))
+    """Share of probes whose greedy completion begins with the answer, with Wilson's 95 % interval.
+
+    A probe whose prompt alone fills the model's context counts as missed.
+    """
+    context = model.config.context_length
+    read = [probe for probe in probes if len(tokenizer.encode(probe.prompt)) < context]
+    texts = complete(model, tokenizer, [p.prompt for p in read], temperature=0.0, max_new_tokens=max_new_tokens)
+    right = sum(probe.matches(text) for probe, text in zip(read, texts, strict=True))
     return wilson_interval(right, len(probes))
 
 
@@ -56,15 +61,19 @@ def town_report(
 ) -> dict[str, dict[str, Any]]:
     """All of Tinytown's probes as plain data: name -> {"value", "low", "high", "n"}.
 
-    facts: closed-book facts of residents, in wordings seen in training. facts_reworded: in a wording never seen. sums:
-    held-out pairs, plain form. story_facts: who or what is where at the end of a fresh story. stories_*: the model's
-    own stories.
+    facts: closed-book facts of residents, in wordings seen in training. facts_reworded: in a wording never seen.
+    sums: held-out pairs, half of them in each of the corpus's two forms, `37 + 48 =` (sums_plain) and `37 + 48:` with
+    the steps (sums_worked). story_facts: who or what is where at the end of a fresh story. stories_*: the model's own
+    stories, sampled at temperature 0.7.
     """
-    quality = story_quality(model, tokenizer, town, n=min(n, 128), seed=seed)
+    quality = story_quality(model, tokenizer, town, n=min(n, 128), temperature=0.7, seed=seed)
+    plain, worked = town.sum_probes(n, seed)[: n // 2], town.sum_probes(n, seed + 1, worked=True)[: n // 2]
     estimates = {
         "facts": exact_match(model, tokenizer, town.fact_probes(n, seed)),
         "facts_reworded": exact_match(model, tokenizer, town.fact_probes(n, seed, held_out_template=True)),
-        "sums": exact_match(model, tokenizer, town.sum_probes(n, seed)),
+        "sums": exact_match(model, tokenizer, plain + worked, max_new_tokens=32),
+        "sums_plain": exact_match(model, tokenizer, plain),
+        "sums_worked": exact_match(model, tokenizer, worked, max_new_tokens=32),
         "story_facts": exact_match(model, tokenizer, town.story_probes(n, seed)),
         "stories_grammatical": quality.grammatical,
         "stories_consistent": quality.consistent,

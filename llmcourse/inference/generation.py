@@ -42,8 +42,8 @@ def generate(
 ) -> list[list[int]]:
     """Continue each prompt (token ids); returns only the new ids, without the stop id that ended them.
 
-    All prompts run as one batch, padded on the left; a row that has finished leaves the batch. Generation also stops
-    where the context is full. `use_cache=False` recomputes everything at each step, for comparison only.
+    All prompts run as one batch, padded on the left; a row that has finished leaves the batch, so that greedy results
+    do not depend on the company. A row also ends where its context is full. `use_cache=False` recomputes everything at each step, for comparison only.
 
     Raises:
         ValueError: an empty prompt, one that leaves no room in the context, or stop strings without a tokenizer.
@@ -54,7 +54,9 @@ def generate(
     device = next(model.parameters()).device
     generator = None if params.seed is None else torch.Generator(device).manual_seed(params.seed)
     longest = max(len(prompt) for prompt in prompts)
-    room = min(params.max_new_tokens, model.config.context_length - longest)
+    context = model.config.context_length
+    shortest = min(len(prompt) for prompt in prompts)
+    room = min(params.max_new_tokens, context - shortest)
     padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
     tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)  # (B, T)
     cache = _new_cache(model, padding, longest + room) if use_cache else None
@@ -68,8 +70,10 @@ def generate(
         for i, token in enumerate(chosen.tolist()):
             if token in stops:
                 continue
-            new_ids[rows[i]].append(token)
-            if not (params.stop and _holds_stop(new_ids[rows[i]], params, tokenizer)):
+            new = new_ids[rows[i]]
+            new.append(token)
+            is_full = len(prompts[rows[i]]) + len(new) == context
+            if not is_full and not (params.stop and _holds_stop(new, params, tokenizer)):
                 running.append(i)
         if not running:
             break

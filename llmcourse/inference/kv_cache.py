@@ -28,13 +28,23 @@ class KVCache:
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if capacity > config.context_length:
-            raise ValueError(f"capacity={capacity} exceeds the model's context of {config.context_length} tokens")
+        self.padding = padding if padding is not None and bool(padding.any()) else None
+        self._count_shortest_padding()
+        tokens = capacity - self._shortest_padding  # that the longest row can come to
+        if tokens > config.context_length:
+            raise ValueError(f"capacity={tokens} exceeds the model's context of {config.context_length} tokens")
         shape = (config.n_layers, batch_size, config.n_kv_heads, capacity, config.d_head)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length, self.capacity = 0, capacity
-        self.padding = padding if padding is not None and bool(padding.any()) else None
+
+    def _count_shortest_padding(self) -> None:
+        self._shortest_padding = 0 if self.padding is None else int(self.padding.min())
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row; `length` counts slots, padding included."""
+        return self.length - self._shortest_padding
 
     @property
     def bytes(self) -> int:
@@ -84,3 +94,4 @@ class KVCache:
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
         if self.padding is not None:
             self.padding = self.padding[rows]
+            self._count_shortest_padding()

@@ -19,7 +19,9 @@ class Cache(Protocol):
     """What the model asks of a key/value cache; `llmcourse.inference` provides them, so models need not know which."""
 
     length: int
-    """tokens stored in each row, before the present call"""
+    """slots filled in each row, padding included, before the present call"""
+    longest: int
+    """tokens of the longest row, before the present call"""
 
     def positions(self, n_tokens: int) -> Tensor | None:
         """Positions (B, T) int64 of the next `n_tokens`; `None` if every row goes on at `length`."""

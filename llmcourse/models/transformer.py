@@ -87,7 +87,7 @@ class Transformer(nn.Module):
             ValueError: stored and new tokens together exceed `context_length`.
         """
         T = tokens.shape[1]
-        end = T + (0 if cache is None else cache.length)
+        end = T + (0 if cache is None else cache.longest)
         if end > self.config.context_length:
             raise ValueError(
                 f"{end} tokens exceed the context of {self.config.context_length}: shorten the input or raise "

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from llmcourse.runtime import has_fast_bf16
+
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
@@ -100,7 +102,7 @@ class Muon(torch.optim.Optimizer):
                     by_shape[parameter.shape].append(parameter)
             for shape, parameters in by_shape.items():
                 directions = torch.stack([self._nesterov(p, group["momentum"]) for p in parameters])
-                low = torch.bfloat16 if directions.device.type == "cuda" else directions.dtype
+                low = torch.bfloat16 if has_fast_bf16(directions.device) else directions.dtype
                 updates = newton_schulz(directions.to(low), group["iterations"]).to(directions.dtype)
                 scale = 0.2 * math.sqrt(max(shape))
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])

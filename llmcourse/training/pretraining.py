@@ -48,11 +48,11 @@ class PretrainSettings:
     """tinytown, python-docs, files:GLOB or hub:NAME"""
     n_documents: int | None = None
     """documents of the corpus to use; `None` takes the corpus's own default"""
-    vocab_size: int = 1024
+    vocab_size: int = 1152
     """entries that the tokenizer is trained to"""
     batch_size: int = 8
     """rows of one micro-batch on one process"""
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=1024))
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=1152))
     """shape; its vocab_size is replaced by the trained tokenizer's"""
     fit: FitSettings = field(default_factory=lambda: FitSettings(steps=100))
     """the loop"""
@@ -75,12 +75,19 @@ class PretrainSettings:
 def cpu(**changes: Any) -> PretrainSettings:
     """The base model of the course: a million parameters, under four minutes on two cores."""
     settings = PretrainSettings(
-        n_documents=None,
-        vocab_size=1024,
+        n_documents=120_000,
+        vocab_size=1152,
         batch_size=8,
-        model=ModelConfig(vocab_size=1024, context_length=256),
+        model=ModelConfig(vocab_size=1152, context_length=256),
         fit=FitSettings(
-            steps=2800, lr=6e-3, warmup_steps=60, optimizer="muon", schedule="wsd", decay_fraction=0.4, eval_every=400
+            steps=2500,
+            lr=6e-3,
+            warmup_steps=60,
+            optimizer="muon",
+            schedule="wsd",
+            decay_fraction=0.5,
+            eval_every=500,
+            checkpoint_every=500,
         ),
     )
     return with_changes(settings, **changes)

@@ -23,6 +23,8 @@ SMALL = TownSettings(
     story_characters=(1, 2), story_objects=(1, 1), story_places=(2, 2), story_events=(1, 1),
     record_facts=(1, 2), sums=(1, 2), largest_operand=2, held_out_sums=0.2,
 )  # fmt: skip
+# Ranges of stories of their own, where a test counts: those of the corpus are a matter of tuning.
+LONGER = TownSettings(story_characters=(1, 2), story_objects=(2, 2), story_places=(3, 4), story_events=(3, 7))
 STORY = (
     "Anna and Ben lived near the park, the barn and the school. Anna was in the park. Ben stood in the park. "
     "The ball lay in the park. Ben had the key. Anna took the ball from the park. Anna gave the ball to Ben in the "
@@ -39,6 +41,11 @@ def town() -> Town:
 @pytest.fixture(scope="module")
 def sample(town: Town) -> list[tinytown.Document]:
     return list(town.documents(4000, seed=3))
+
+
+@pytest.fixture(scope="module")
+def records(town: Town) -> list[tinytown.Document]:
+    return list(town.documents(2000, seed=3, kinds=["record"]))
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +142,10 @@ class TestInformation:
             opening + thing + numbers + events + closing, abs=1e-9
         )
 
-    def test_restated_places_cost_no_bits(self, town: Town) -> None:
+    def test_restated_places_cost_no_bits(self) -> None:
         # With one more place to choose from, its own choice, where each character and object starts and where Ben
         # walks cost more; the place where Anna takes and gives the ball, and the one that Ben leaves, cost nothing.
+        town = Town(0, settings=LONGER)
         here = town.parse(STORY)
         more = town.parse(STORY.replace("the barn and the school", "the barn, the school and the yard"))
         choices = math.log2(16 - 3) + 2 * math.log2(4 / 3) + 2 * math.log2(6 / 5) + math.log2(3 / 2)
@@ -214,13 +222,24 @@ class TestInformation:
         with pytest.raises(ValueError, match="not a"):
             town.parse(text)
 
-    def test_parse_refuses_numbers_outside_the_ranges(self, town: Town) -> None:
+    def test_parse_refuses_numbers_outside_the_ranges(self) -> None:
+        town = Town(0, settings=LONGER)
         assert town.parse(STORY).kind == "story"  # 3 events, the fewest
         waits = "Ben waited in the barn. Anna waited in the park. " * 3
         for story, problem in (
             (STORY.replace(f" {WALK}", ""), "2 events, outside 3 to 7"),
             (STORY.replace("In the end", f"{waits}In the end"), "9 events, outside 3 to 7"),
             (STORY.replace(" Ben had the key.", ""), "1 objects, outside 2 to 2"),
+            (
+                STORY.replace("the park, the barn and the school", "the park and the barn"),
+                "2 places, outside 3 to 4",
+            ),
+            (
+                STORY.replace("Anna and Ben", "Anna, Ben and Tom").replace(
+                    " The ball lay", " Tom was in the barn. The ball lay"
+                ),
+                "3 characters, outside 1 to 2",
+            ),
         ):
             assert town.score_story(story).consistent
             with pytest.raises(ValueError, match=problem):
@@ -244,9 +263,9 @@ class TestResidents:
             assert chi_squared < 45  # 15 degrees of freedom: mean 15, standard deviation 5.5
 
     def test_held_out_residents_and_wordings_are_in_no_document(
-        self, town: Town, sample: list[tinytown.Document]
+        self, town: Town, sample: list[tinytown.Document], records: list[tinytown.Document]
     ) -> None:
-        text = "\n".join(document.text for document in sample)
+        text = "\n".join(document.text for document in sample + records)
         assert not [
             resident.name for resident in town.residents if resident.held_out and resident.name in text
         ]
@@ -299,7 +318,7 @@ class TestStories:
         stories = [document for document in sample if document.kind == "story"]
         assert all(town.score_story(document.text).consistent for document in stories)
         lengths = [len(document.text.split()) for document in stories]
-        assert 65 < statistics.fmean(lengths) < 80 and max(lengths) < 120
+        assert 50 < statistics.fmean(lengths) < 65 and max(lengths) < 120
 
     def test_carried_objects_move_with_their_holder(self, town: Town) -> None:
         there = STORY.replace(WALK, f"{WALK} Ben left the ball in the barn.")
@@ -448,9 +467,9 @@ class TestProbes:
             assert statement is not None and statement.value == facts[name][attribute]
 
     def test_prompts_occur_in_documents_unless_held_out(
-        self, town: Town, sample: list[tinytown.Document]
+        self, town: Town, sample: list[tinytown.Document], records: list[tinytown.Document]
     ) -> None:
-        corpus = "\n".join(document.text for document in sample)
+        corpus = "\n".join(document.text for document in sample + records)
         seen = [probe.prompt + probe.answer in corpus for probe in town.fact_probes(100)]
         assert sum(seen) > 50
         new = town.fact_probes(100, held_out_template=True) + town.fact_probes(100, held_out_residents=True)
@@ -586,7 +605,7 @@ class TestSettings:
         "change",
         [
             {"first_names": 20}, {"last_names": 20}, {"values": 4}, {"objects": 5}, {"places": 6}, {"moods": 2},
-            {"days": 3}, {"hours": 3}, {"shops": 3}, {"paraphrases": 1}, {"story_characters": (2, 2)},
+            {"days": 3}, {"hours": 3}, {"shops": 3}, {"paraphrases": 1}, {"story_characters": (3, 4)},
             {"story_objects": (1, 1)}, {"story_places": (2, 2)}, {"story_events": (1, 1)}, {"record_facts": (1, 1)},
             {"sums": (1, 1)}, {"largest_operand": 9}, {"held_out_sums": 0.5}, {"story_weight": 3.0},
             {"record_weight": 3.0}, {"sum_weight": 3.0}, {"dialogue_weight": 3.0},

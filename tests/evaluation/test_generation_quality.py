@@ -26,7 +26,9 @@ class Scripted:
     def __init__(self, write: Callable[[str], str]) -> None:
         self.write, self.calls = write, []
 
-    def __call__(self, model: Any, tokenizer: Any, prompts: Sequence[str], params: Any = None, **changes: Any):
+    def __call__(
+        self, model: Any, tokenizer: Any, prompts: Sequence[str], params: Any = None, **changes: Any
+    ):
         self.calls.append(dataclasses.asdict(params) if params else changes)
         return [self.write(prompt) for prompt in prompts]
 
@@ -41,25 +43,47 @@ def writer(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str], str]], 
     return install
 
 
+class Reader:
+    """A model with a context of 400 tokens, and a codec of one character a token."""
+
+    class config:
+        context_length = 400
+
+    eos_id = 0
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(character) for character in text]
+
+
+READER = Reader()
 PROBES = [Probe(f"{a} + 1 =", f" {a + 1}.", "sum", "plain") for a in range(10)]
 
 
 def test_exact_match_counts_right_answers(writer):
     answers = {probe.prompt: probe.answer for probe in PROBES}
     scripted = writer(lambda prompt: answers[prompt] + " More text.")
-    perfect = exact_match(None, None, PROBES, max_new_tokens=5)
+    perfect = exact_match(READER, READER, PROBES, max_new_tokens=5)
     assert (perfect.value, perfect.n, perfect.high) == (1.0, 10, 1.0)
     assert scripted.calls == [{"temperature": 0.0, "max_new_tokens": 5}]
     writer(lambda prompt: answers[prompt] if int(prompt.split()[0]) < 3 else " 0.")
-    some = exact_match(None, None, PROBES)
+    some = exact_match(READER, READER, PROBES)
     assert some.value == 0.3 and some.low < 0.3 < some.high
     writer(lambda prompt: "")
-    assert exact_match(None, None, PROBES).value == 0.0
+    assert exact_match(READER, READER, PROBES).value == 0.0
+
+
+def test_a_prompt_that_fills_the_context_is_missed_not_an_error(writer):
+    probes = [Probe("x" * n, " 2", "sum", "plain") for n in (5, 399, 400, 900)]
+    scripted = writer(lambda prompt: " 2.")
+    found = exact_match(READER, READER, probes)
+    assert (found.value, found.n) == (0.5, 4) and len(scripted.calls) == 1
 
 
 def test_an_answer_that_goes_on_as_a_longer_number_is_wrong():
     probe = Probe("1 + 1 =", " 2", "sum", "plain")
-    assert probe.matches(" 2.") and probe.matches(" 2") and not probe.matches(" 23") and not probe.matches("2")
+    assert (
+        probe.matches(" 2.") and probe.matches(" 2") and not probe.matches(" 23") and not probe.matches("2")
+    )
 
 
 def rest_of_its_story(town: Town, n: int, seed: int) -> Callable[[str], str]:
@@ -110,15 +134,18 @@ def test_the_report_of_a_perfect_model(town, writer):
     kinds = {
         "facts": town.fact_probes(n, seed),
         "facts_reworded": town.fact_probes(n, seed, held_out_template=True),
-        "sums": town.sum_probes(n, seed),
+        "sums_plain": town.sum_probes(n, seed)[: n // 2],
+        "sums_worked": town.sum_probes(n, seed + 1, worked=True)[: n // 2],
         "story_facts": town.story_probes(n, seed),
     }
     answers = {probe.prompt: probe.answer for probes in kinds.values() for probe in probes}
     story = rest_of_its_story(town, n, seed)
     writer(lambda prompt: answers.get(prompt) or story(prompt))
-    report = town_report(None, None, town, n=n, seed=seed)
-    assert set(report) == set(kinds) | {"stories_grammatical", "stories_consistent", "story_sentences_right"}
+    report = town_report(READER, READER, town, n=n, seed=seed)
+    stories = {"stories_grammatical", "stories_consistent", "story_sentences_right"}
+    assert set(report) == set(kinds) | stories | {"sums"}
     assert all(numbers["value"] == 1.0 for numbers in report.values())
-    assert all(report[kind]["n"] == n and report[kind]["low"] < 1 for kind in kinds)
+    assert all(report[kind]["n"] == len(probes) and report[kind]["low"] < 1 for kind, probes in kinds.items())
+    assert report["sums"]["n"] == n  # both forms together
     writer(lambda prompt: " wrong")
-    assert all(town_report(None, None, town, n=n, seed=seed)[kind]["value"] == 0.0 for kind in kinds)
+    assert all(town_report(READER, READER, town, n=n, seed=seed)[kind]["value"] == 0.0 for kind in kinds)

@@ -20,7 +20,14 @@ V, CONTEXT = 61, 96
 
 
 def make(**changes: object) -> Transformer:
-    sizes = {"vocab_size": V, "context_length": CONTEXT, "d_model": 24, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
+    sizes = {
+        "vocab_size": V,
+        "context_length": CONTEXT,
+        "d_model": 24,
+        "n_layers": 2,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+    }
     torch.manual_seed(1)
     model = Transformer(ModelConfig(**(sizes | {"d_ff": 32, "tie_embeddings": False} | changes))).eval()
     with torch.no_grad():  # weights that make the likeliest token clear and the sequences lively
@@ -148,6 +155,15 @@ def test_max_new_tokens_and_the_end_of_the_context(model, reference):
     assert len(found) == CONTEXT - 33 and found[:20] == reference[4]
     longest = prompts_of((CONTEXT - 1,))
     assert len(generate(model, longest, many)[0]) == 1
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_long_prompt_takes_no_room_from_the_others(model, use_cache):
+    prompts = prompts_of((CONTEXT - 2, 3, CONTEXT - 10, 40))
+    params = dataclasses.replace(GREEDY, max_new_tokens=30)
+    together = generate(model, prompts, params, use_cache=use_cache)
+    assert [len(ids) for ids in together] == [2, 30, 10, 30]
+    assert together == [generate(model, [prompt], params)[0] for prompt in prompts]
 
 
 def test_no_prompts_no_texts(model):

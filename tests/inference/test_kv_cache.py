@@ -106,6 +106,16 @@ def test_positions_and_masks_by_hand():
     assert KVCache(CONFIG, 2, 8, padding=torch.zeros(2, dtype=torch.int64)).padding is None
 
 
+def test_padding_does_not_count_towards_the_context():
+    cache = KVCache(CONFIG, 2, 70, padding=torch.tensor([9, 6]))
+    cache.advance(10)
+    assert (cache.length, cache.longest) == (10, 4)
+    cache.keep_rows(torch.tensor([0]))
+    assert cache.longest == 1
+    with pytest.raises(ValueError, match=r"capacity=65 exceeds the model's context of 64"):
+        KVCache(CONFIG, 2, 70, padding=torch.tensor([9, 5]))
+
+
 def test_update_stores_behind_what_is_there_without_counting_it():
     cache = KVCache(CONFIG, 1, 5)
     one, two = torch.randn(2, 1, 2, 3, 6), torch.randn(2, 1, 2, 2, 6)

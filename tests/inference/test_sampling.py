@@ -76,7 +76,8 @@ def test_top_p_counts_exact_ties_of_the_border():
 
 
 @pytest.mark.parametrize(
-    ("fraction", "kept"), [(0.0, {0, 1, 2, 3}), (0.19, {0, 1, 2, 3}), (0.21, {0, 1, 3}), (0.31, {1, 3}), (0.51, {1})]
+    ("fraction", "kept"),
+    [(0.0, {0, 1, 2, 3}), (0.19, {0, 1, 2, 3}), (0.21, {0, 1, 3}), (0.31, {1, 3}), (0.51, {1})],
 )
 def test_min_p_compares_with_the_likeliest(fraction, kept):
     found = probabilities(min_p=fraction)

@@ -47,7 +47,9 @@ def test_rms_norm_by_hand():
 @pytest.mark.parametrize("eps", [1e-6, 1e-2])
 def test_rms_norm_is_torchs(eps):
     x, weight = randn(2, 5, 7) * 0.1, randn(7, seed=1)
-    torch.testing.assert_close(rms_norm(x, weight, eps), F.rms_norm(x, (7,), weight, eps), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        rms_norm(x, weight, eps), F.rms_norm(x, (7,), weight, eps), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_rms_norm_ignores_scale_and_has_unit_mean_square():
@@ -205,7 +207,9 @@ def test_blocked_attention_in_bfloat16_rounds_no_worse_than_torchs_kernel():
     assert (found.float() - exact).pow(2).mean() < 4 * (kernel.float() - exact).pow(2).mean()
 
 
-@pytest.mark.parametrize("T", [1, 32, 33, 140])  # up to 32 tokens torch's kernel runs, beyond it the blocked one
+@pytest.mark.parametrize(
+    "T", [1, 32, 33, 140]
+)  # up to 32 tokens torch's kernel runs, beyond it the blocked one
 def test_causal_attention_is_the_same_by_every_path(T):
     q, k, v = randn(1, 4, T, 8), randn(1, 2, T, 8, seed=1), randn(1, 2, T, 8, seed=2)
     torch.testing.assert_close(causal_attention(q, k, v), study(q, k, v), rtol=1e-5, atol=1e-6)
@@ -266,7 +270,9 @@ def test_projections_have_no_bias():
 
 def test_swiglu_by_hand():
     # gate ln 3: SiLU = ln 3 x sigmoid(ln 3) = ln 3 x 3/4; up 2; down 10
-    found = swiglu(torch.ones(1), torch.tensor([[math.log(3)]]), torch.tensor([[2.0]]), torch.tensor([[10.0]]))
+    found = swiglu(
+        torch.ones(1), torch.tensor([[math.log(3)]]), torch.tensor([[2.0]]), torch.tensor([[10.0]])
+    )
     assert found.item() == pytest.approx(0.75 * math.log(3) * 2 * 10)
 
 

@@ -128,7 +128,9 @@ def test_theirs_opens_here_with_the_same_logits(kind, qk_norm, tied, tmp_path):
 
 def test_a_default_llama_config_opens(tmp_path):
     theirs = LlamaForCausalLM(
-        LlamaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=24)
+        LlamaConfig(
+            vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=24
+        )
     ).eval()
     scramble(theirs, 5)
     theirs.save_pretrained(tmp_path)

@@ -14,7 +14,14 @@ from llmcourse.models.transformer import Block, Transformer
 
 
 def tiny(**changes: object) -> ModelConfig:
-    sizes = {"vocab_size": 19, "context_length": 160, "d_model": 16, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
+    sizes = {
+        "vocab_size": 19,
+        "context_length": 160,
+        "d_model": 16,
+        "n_layers": 2,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+    }
     return ModelConfig(**(sizes | {"d_ff": 24} | changes))
 
 

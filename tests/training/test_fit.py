@@ -73,7 +73,9 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: flo
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         if tolerance:
-            torch.testing.assert_close(tensor, other[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                tensor, other[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            )
         else:
             assert torch.equal(tensor, other[name]), name
 
@@ -144,14 +146,17 @@ def test_one_step_by_hand():
     _, result = train(options, model=model, loss=loss, batches=Listed([{"x": torch.tensor([1.0, 2.0, 3.0])}]))
     assert model.weight.item() == pytest.approx(5 * 0.95 - 0.1)
     (record,) = result.records
-    assert (record["loss"], record["grad_norm"], record["units"], record["lr"]) == pytest.approx((10.0, 2.0, 3, 0.1))
+    assert (record["loss"], record["grad_norm"], record["units"], record["lr"]) == pytest.approx(
+        (10.0, 2.0, 3, 0.1)
+    )
     assert record["biggest"] == 3.0 and math.isnan(record["mfu"])  # no FLOPs are known for this model
 
 
 def test_scale_and_clip_by_hand():
     def gradients(scale: float, largest: float) -> tuple[float, list[float]]:
         parameters = [nn.Parameter(torch.zeros(1)) for _ in range(3)]
-        parameters[0].grad, parameters[1].grad = torch.tensor([3.0]), torch.tensor([4.0])  # the third has none
+        for parameter, value in zip(parameters[:2], (3.0, 4.0), strict=True):  # the third has no gradient
+            parameter.grad = torch.tensor([value])
         norm = scale_and_clip(parameters, scale, largest)
         return norm, [p.grad.item() for p in parameters[:2]]
 
@@ -169,7 +174,9 @@ def test_clipping_is_that_of_torch():
     copies = [nn.Parameter(p.detach().clone()) for p in parameters]
     for parameter, copy in zip(parameters, copies, strict=True):
         copy.grad = parameter.grad * 0.25
-    assert scale_and_clip(parameters, 0.25, 0.3) == pytest.approx(float(nn.utils.clip_grad_norm_(copies, 0.3)))
+    assert scale_and_clip(parameters, 0.25, 0.3) == pytest.approx(
+        float(nn.utils.clip_grad_norm_(copies, 0.3))
+    )
     for parameter, copy in zip(parameters, copies, strict=True):
         torch.testing.assert_close(parameter.grad, copy.grad)
 
@@ -204,7 +211,9 @@ def test_records_are_complete_and_right():
         }  # fmt: skip
         assert record["units"] == round(record["kept"] * 4 * T)
         assert record["units_per_second"] > 0 and record["mfu"] > 0 and record["peak_bytes"] > 1e7
-    assert [r["lr"] for r in result.records] == pytest.approx([5e-3, 1e-2, 1e-2, 1e-2 * (1 - 0.5 / 3), 1e-2 * (2 / 3)])
+    assert [r["lr"] for r in result.records] == pytest.approx(
+        [5e-3, 1e-2, 1e-2, 1e-2 * (1 - 0.5 / 3), 1e-2 * (2 / 3)]
+    )
     seconds = [record["seconds"] for record in result.records]
     assert seconds == sorted(seconds) and 0 < seconds[0] and seconds[-1] <= result.seconds
     assert result.last_loss == result.records[-1]["loss"] and result.resumed_from == 0
@@ -224,7 +233,9 @@ def test_the_first_loss_is_that_of_the_fresh_model_and_it_falls():
 def test_units_that_do_not_count_change_nothing():
     batch = make_batches().next()
     nothing = batch | {"targets": torch.full_like(batch["targets"], IGNORE)}
-    model, result = train(settings(steps=1, weight_decay=0.0), loss=next_token_loss, batches=Listed([nothing]))
+    model, result = train(
+        settings(steps=1, weight_decay=0.0), loss=next_token_loss, batches=Listed([nothing])
+    )
     assert (result.records[0]["loss"], result.records[0]["grad_norm"]) == (0.0, 0.0)
     assert_same(weights(model), weights(make_model()))
 
@@ -320,9 +331,15 @@ def test_resume_is_bit_identical(optimizer, schedule, tmp_path):
 
 
 def test_a_finished_run_is_opened_not_repeated(tmp_path):
-    model, first = train(settings(), checkpoint_folder=tmp_path, evaluate=lambda model: {"validation_loss": 1.0})
+    model, first = train(
+        settings(), checkpoint_folder=tmp_path, evaluate=lambda model: {"validation_loss": 1.0}
+    )
     again, second = train(settings(), checkpoint_folder=tmp_path, loss=pytest.fail)
-    assert second.resumed_from == 6 and second.records == first.records and second.evaluations == first.evaluations
+    assert (
+        second.resumed_from == 6
+        and second.records == first.records
+        and second.evaluations == first.evaluations
+    )
     assert_same(weights(model), weights(again))
 
 
@@ -336,7 +353,9 @@ def test_checkpoints_come_when_due_and_at_the_end(tmp_path):
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(tmp_path):
     straight, _ = train(settings(steps=8, checkpoint_every=2), checkpoint_folder=tmp_path / "straight")
     with pytest.raises(Interrupted):
-        train(settings(steps=8, checkpoint_every=2), checkpoint_folder=tmp_path / "cut", on_step=interrupt_at(4))
+        train(
+            settings(steps=8, checkpoint_every=2), checkpoint_folder=tmp_path / "cut", on_step=interrupt_at(4)
+        )
     newest = tmp_path / "cut" / "step_00000004" / "model.safetensors"
     newest.write_bytes(newest.read_bytes()[:-5])
     with pytest.warns(UserWarning, match="model.safetensors"):
@@ -374,7 +393,9 @@ KILLED = settings(steps=30, checkpoint_every=1, optimizer="muon")
 def test_a_killed_process_resumes_exactly(tmp_path):
     straight, expected = train(dataclasses.replace(KILLED, checkpoint_every=0))
     code = WORKER.format(folder=str(Path(__file__).parent), out=str(tmp_path))
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=os.environ.copy())
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=os.environ.copy()
+    )
     try:
         reached = next(int(line) for line in child.stdout if int(line) >= 5)
     finally:
@@ -385,7 +406,8 @@ def test_a_killed_process_resumes_exactly(tmp_path):
     assert reached <= result.resumed_from < 30
     assert_same(weights(straight), weights(resumed))
     assert deterministic(result.records) == deterministic(expected.records)
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]  # no remnant of the killed writer
+    # and no remnant of the killed writer
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 # What must not happen
@@ -470,7 +492,9 @@ def test_every_setting_changes_the_result(with_it, change):
     one, first = train(settings(**with_it), loss=loss)
     other, _ = train(settings(**(with_it | change)), loss=loss)
     assert any(record["grad_norm"] > 1 for record in first.records)
-    assert any(not torch.allclose(a, b, atol=1e-6) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    assert any(
+        not torch.allclose(a, b, atol=1e-6) for a, b in zip(one.parameters(), other.parameters(), strict=True)
+    )
 
 
 def test_bf16_is_autocast_and_leaves_float32_weights():
@@ -535,16 +559,22 @@ def test_values_out_of_range_are_refused(change, message):
 def test_when_the_loss_is_compiled(mode, steps, compiler, expected, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda function: "compiled")
     monkeypatch.setattr(shutil, "which", lambda name: compiler)
-    found = module._maybe_compile(next_token_loss, settings(steps=steps, compile=mode), torch.device("cpu"), 0)
+    found = module._maybe_compile(
+        next_token_loss, settings(steps=steps, compile=mode), torch.device("cpu"), 0
+    )
     assert (found == "compiled") == expected
     assert ("without torch.compile" in capsys.readouterr().out) == (mode == "auto" and compiler is None)
     # what counts is the number of steps still to do
-    rest = module._maybe_compile(next_token_loss, settings(steps=steps, compile=mode), torch.device("cpu"), steps - 1)
+    rest = module._maybe_compile(
+        next_token_loss, settings(steps=steps, compile=mode), torch.device("cpu"), steps - 1
+    )
     assert (rest == "compiled") == (mode == "on")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler for torch.compile")
+@pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler for torch.compile"
+)
 def test_a_compiled_run_has_the_same_losses():
     eager, expected = train(settings(steps=4), loss=next_token_loss)
     compiled, result = train(settings(steps=4, compile="on"), loss=next_token_loss)

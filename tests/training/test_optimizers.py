@@ -54,7 +54,9 @@ def test_adamw_is_torchs_over_many_steps(fused, weight_decay):
 
 
 @pytest.mark.parametrize(
-    "change", [{"lr": 0.01}, {"betas": (0.5, 0.95)}, {"betas": (0.9, 0.5)}, {"eps": 0.1}, {"weight_decay": 0.0}], ids=str
+    "change",
+    [{"lr": 0.01}, {"betas": (0.5, 0.95)}, {"betas": (0.9, 0.5)}, {"eps": 0.1}, {"weight_decay": 0.0}],
+    ids=str,
 )
 def test_every_option_of_adamw_changes_the_result(change):
     results = []
@@ -71,7 +73,10 @@ def test_every_option_of_adamw_changes_the_result(change):
 
 def test_one_iteration_maps_singular_values_by_the_polynomial():
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
-    u, v = torch.linalg.qr(randn(4, 4, dtype=torch.float64))[0], torch.linalg.qr(randn(7, 4, dtype=torch.float64))[0]
+    u, v = (
+        torch.linalg.qr(randn(4, 4, dtype=torch.float64))[0],
+        torch.linalg.qr(randn(7, 4, dtype=torch.float64))[0],
+    )
     singular = torch.tensor([3.0, 2.0, 1.0, 0.5], dtype=torch.float64)
     matrix = u @ torch.diag(singular) @ v.T
     s = singular / singular.norm()
@@ -157,7 +162,8 @@ def both_muons(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_muon_is_torchs_when_both_compute_in_the_same_precision(dtype, monkeypatch):
-    monkeypatch.setattr(Tensor, "bfloat16", lambda self: self.clone())  # torch's rounds to bfloat16 first; not now
+    # torch's rounds to bfloat16 first; not now
+    monkeypatch.setattr(Tensor, "bfloat16", lambda self: self.clone())
     tolerance = 1e-6 if dtype == torch.float32 else 1e-12
     for one, other in zip(*both_muons(dtype), strict=True):
         torch.testing.assert_close(one, other, rtol=10 * tolerance, atol=10 * tolerance)
@@ -219,7 +225,9 @@ def test_muon_runs_a_closure_and_skips_what_has_no_gradient():
 
 def test_muon_refuses_what_is_no_matrix():
     for shape in ((4,), (2, 3, 4)):
-        with pytest.raises(ValueError, match=r"Muon got a parameter of shape .*give vectors and embeddings to AdamW"):
+        with pytest.raises(
+            ValueError, match=r"Muon got a parameter of shape .*give vectors and embeddings to AdamW"
+        ):
             Muon([nn.Parameter(torch.zeros(3, 3)), nn.Parameter(torch.zeros(shape))])
 
 
@@ -228,7 +236,9 @@ def test_muon_refuses_what_is_no_matrix():
 
 def transformer(tied: bool) -> Transformer:
     return Transformer(
-        ModelConfig(vocab_size=11, d_model=8, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=12, tie_embeddings=tied)
+        ModelConfig(
+            vocab_size=11, d_model=8, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=12, tie_embeddings=tied
+        )
     )
 
 
@@ -256,7 +266,9 @@ def test_frozen_parameters_and_a_head_of_another_name():
     assert names_of(model, split_parameters(model)[0]) == set()
 
 
-def settings_by_name(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, tuple[str, float]]:
+def settings_by_name(
+    model: nn.Module, optimizers: list[torch.optim.Optimizer]
+) -> dict[str, tuple[str, float]]:
     found = {}
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""Pre-training: the loss by hand, presets, changes by name, the function from streams to a model, the gpu preset dry."""
+"""Pre-training: the loss by hand, presets, changes by name, from streams to a model, the gpu preset dry."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Fixed(nn.Module):
         return self.logits.expand(*tokens.shape, -1)
 
 
-def stream(n: int = 600, vocab_size: int = V, seed: int = 0) -> TokenStream:
+def stream(n: int = 576, vocab_size: int = V, seed: int = 0) -> TokenStream:
     """Text with something to learn: each token follows the one before by a fixed step, with a little noise."""
     rng = np.random.default_rng(seed)
     ids = (np.cumsum(rng.choice([3, 3, 3, 5], n)) % (vocab_size - 1) + 1).astype(np.uint16)
@@ -52,11 +52,21 @@ def stream(n: int = 600, vocab_size: int = V, seed: int = 0) -> TokenStream:
     return TokenStream(ids, np.array([0, n // 2, n]), eos_id=0, vocab_size=vocab_size)
 
 
-TINY = {"context_length": 16, "d_model": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "d_ff": 24, "batch_size": 4}
+TINY = {
+    "context_length": 16,
+    "d_model": 16,
+    "n_layers": 1,
+    "n_heads": 2,
+    "n_kv_heads": 1,
+    "d_ff": 24,
+    "batch_size": 4,
+}
 
 
 def tiny(**changes: Any) -> PretrainSettings:
-    return preset("cpu", **(TINY | {"steps": 4, "warmup_steps": 1, "compile": "off", "precision": "fp32"} | changes))
+    return preset(
+        "cpu", **(TINY | {"steps": 4, "warmup_steps": 1, "compile": "off", "precision": "fp32"} | changes)
+    )
 
 
 def run(settings: PretrainSettings, **options: Any) -> tuple[Transformer, Any]:
@@ -70,9 +80,12 @@ def run(settings: PretrainSettings, **options: Any) -> tuple[Transformer, Any]:
 def test_next_token_loss_by_hand():
     # targets 0, 2 and 1 cost ln 2, ln 4 and ln 4 nats; the two places without a target cost nothing
     model = Fixed([0.5, 0.25, 0.25])
-    batch = {"tokens": torch.zeros(1, 5, dtype=torch.int64), "targets": torch.tensor([[0, IGNORE, 2, 1, IGNORE]])}
+    batch = {
+        "tokens": torch.zeros(1, 5, dtype=torch.int64),
+        "targets": torch.tensor([[0, IGNORE, 2, 1, IGNORE]]),
+    }
     total, count, metrics = next_token_loss(model, batch)
-    assert float(total) == pytest.approx(math.log(2 * 4 * 4)) and int(count) == 3 and metrics == {}
+    assert float(total.detach()) == pytest.approx(math.log(2 * 4 * 4)) and int(count) == 3 and metrics == {}
     # the gradient of a summed cross-entropy is n p minus the counts: 3 x (1/2, 1/4, 1/4) - (1, 1, 1)
     total.backward()
     torch.testing.assert_close(model.logits.grad, torch.tensor([0.5, -0.25, -0.25]))
@@ -100,7 +113,9 @@ def test_presets_are_valid_and_take_changes(name):
     settings = preset(name)
     assert settings.fit.warmup_steps < settings.fit.steps
     assert settings.model.vocab_size == settings.vocab_size
-    changed = preset(name, corpus="python-docs", seed=3, lr=0.5, d_ff=64, steps=7, batch_size=2, micro_steps=3)
+    changed = preset(
+        name, corpus="python-docs", seed=3, lr=0.5, d_ff=64, steps=7, batch_size=2, micro_steps=3
+    )
     assert (changed.corpus, changed.batch_size, changed.model.d_ff) == ("python-docs", 2, 64)
     assert (changed.fit.lr, changed.fit.steps, changed.seed, changed.fit.seed) == (0.5, 7, 3, 3)
     assert changed.tokens == 2 * settings.model.context_length * 3 * 7
@@ -117,7 +132,8 @@ def test_the_gpu_preset_is_of_the_124m_class():
         model = Transformer(settings.model)
     n = sum(parameter.numel() for parameter in model.parameters())
     assert n == count_parameters(settings.model)
-    gpt2 = settings.model.n_layers * 12 * settings.model.d_model**2  # GPT-2 small's matrices: 84.9 M, all but embeddings
+    # GPT-2 small has 84.9 M in all but its embeddings
+    gpt2 = settings.model.n_layers * 12 * settings.model.d_model**2
     assert count_parameters(settings.model, embeddings=False) == pytest.approx(gpt2, rel=0.01)
     assert 100e6 < n < 130e6
 
@@ -137,7 +153,7 @@ def test_every_field_can_be_changed_by_name():
     values: dict[str, Any] = {}
     for owner in (PretrainSettings, ModelConfig, FitSettings):
         for field in dataclasses.fields(owner):
-            if field.name not in ("model", "fit", "d_head"):
+            if field.name not in ("model", "fit"):
                 values[field.name] = {
                     "corpus": "python-docs", "schedule": "linear", "optimizer": "adamw", "precision": "fp32",
                     "compile": "off", "betas": (0.5, 0.6), "tie_embeddings": False, "qk_norm": True,
@@ -231,7 +247,9 @@ def test_the_gpu_preset_runs_dry_on_the_cpu(tmp_path: Path):
     (record,) = result.records
     assert record["units"] == 4 * 32 * full.fit.micro_steps and math.isfinite(record["loss"])
     assert len(result.evaluations) == 1 and (tmp_path / "step_00000001").is_dir()
-    assert not torch.equal(model.embedding.weight, new_model(settings, V, torch.device("cpu")).embedding.weight)
+    assert not torch.equal(
+        model.embedding.weight, new_model(settings, V, torch.device("cpu")).embedding.weight
+    )
 
 
 def test_running_the_module_is_the_command(monkeypatch):
@@ -240,6 +258,8 @@ def test_running_the_module_is_the_command(monkeypatch):
 
     called = {}
     monkeypatch.setattr(sys, "argv", ["pretraining", "--steps", "5"])
-    monkeypatch.setattr(runpy, "run_module", lambda name, run_name: called.update(name=name, argv=list(sys.argv)))
+    monkeypatch.setattr(
+        runpy, "run_module", lambda name, run_name: called.update(name=name, argv=list(sys.argv))
+    )
     runpy.run_path(pretraining.__file__, run_name="__main__")
-    assert called == {"name": "llmcourse.cli", "argv": ["pretraining", "pretrain", "--steps", "5"]}
+    assert called["name"] == "llmcourse.cli" and called["argv"][1:] == ["pretrain", "--steps", "5"]

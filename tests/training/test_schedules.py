@@ -16,7 +16,9 @@ from llmcourse.training.schedules import (
 
 
 def curve(name: str, steps: int = 100, warmup_steps: int = 10, **options: float) -> list[float]:
-    return [factor(name, step, steps=steps, warmup_steps=warmup_steps, **options) for step in range(steps + 1)]
+    return [
+        factor(name, step, steps=steps, warmup_steps=warmup_steps, **options) for step in range(steps + 1)
+    ]
 
 
 def test_warm_up_by_hand():
@@ -53,13 +55,16 @@ def test_wsd_by_hand():
     def at(step, final=0.0):
         return warmup_stable_decay(step, steps=10, warmup_steps=2, decay_fraction=0.4, final_fraction=final)
 
-    assert [at(step) for step in (0, 1, 3, 6, 7, 8, 9, 10)] == pytest.approx([0.5, 1, 1, 1, 0.75, 0.5, 0.25, 0])
+    assert [at(step) for step in (0, 1, 3, 6, 7, 8, 9, 10)] == pytest.approx(
+        [0.5, 1, 1, 1, 0.75, 0.5, 0.25, 0]
+    )
     assert at(8, 0.2) == pytest.approx(1 - 0.8 * 0.5)
 
 
 def test_the_plateau_of_wsd_serves_every_length():
     short, long = (
-        [warmup_stable_decay(s, steps=n, warmup_steps=5, decay_fraction=0.2) for s in range(80)] for n in (100, 400)
+        [warmup_stable_decay(s, steps=n, warmup_steps=5, decay_fraction=0.2) for s in range(80)]
+        for n in (100, 400)
     )
     assert short == long
 
