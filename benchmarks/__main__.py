@@ -20,14 +20,19 @@ GPU = ("gpu_pretraining",)
 def main() -> int:
     """Run the benchmarks named on the command line, or all of one kind."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(CPU + GPU)}; default: all for this kind of machine")
+    parser.add_argument(
+        "names", nargs="*", help=f"of {', '.join(CPU + GPU)}; default: all for this kind of machine"
+    )
     parser.add_argument("--gpu", action="store_true", help="the benchmarks that need a CUDA device")
     arguments = parser.parse_args()
     unknown = set(arguments.names) - set(CPU + GPU)
     if unknown:
         parser.error(f"no benchmark {sorted(unknown)[0]!r}: choose of {', '.join(CPU + GPU)}")
     if arguments.gpu and not torch.cuda.is_available():
-        print("these benchmarks need a CUDA GPU and torch sees none; `make bench` runs those for a CPU", file=sys.stderr)
+        print(
+            "these benchmarks need a CUDA GPU and torch sees none; `make bench` runs those for a CPU",
+            file=sys.stderr,
+        )
         return 2
     outcomes = []
     for name in arguments.names or (GPU if arguments.gpu else CPU):
@@ -45,10 +50,20 @@ def report(outcomes: list[dict]) -> int:
         problems = missed(outcome)
         failures += bool(problems)
         own = f"{statistics.median(outcome['ours']):.4g}"
-        bound = "limit" in outcome and f"<= {outcome['limit']:.4g}" or "least" in outcome and f">= {outcome['least']:.4g}"
-        rows = [(peer, f"{ratio:.2f} x", f"{outcome['bars'].get(peer, '')}") for peer, ratio in outcome["ratios"].items()]
+        bound = (
+            "limit" in outcome
+            and f"<= {outcome['limit']:.4g}"
+            or "least" in outcome
+            and f">= {outcome['least']:.4g}"
+        )
+        rows = [
+            (peer, f"{ratio:.2f} x", f"{outcome['bars'].get(peer, '')}")
+            for peer, ratio in outcome["ratios"].items()
+        ]
         for peer, ratio, bar in rows or [("", "", bound or "")]:
-            table.add_row(outcome["name"], own, outcome["unit"], peer, ratio, bar, "missed" if problems else "holds")
+            table.add_row(
+                outcome["name"], own, outcome["unit"], peer, ratio, bar, "missed" if problems else "holds"
+            )
     Console().print(table)
     return 1 if failures else 0
 

@@ -35,7 +35,9 @@ def run() -> list[dict[str, Any]]:
 
 
 def _compare(model: Transformer, peer: Any, batch: int) -> dict[str, Any]:
-    prompts = torch.randint(8, model.config.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(batch))
+    prompts = torch.randint(
+        8, model.config.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(batch)
+    )
     params = SamplingParams(temperature=0, max_new_tokens=NEW_TOKENS)
     written: dict[str, list[list[int]]] = {}
 

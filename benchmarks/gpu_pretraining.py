@@ -49,7 +49,9 @@ def measure(device: torch.device, steps: int = STEPS, **changes: Any) -> dict[st
     rate = statistics.median(rates)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with profile(activities=activities) as profiled:
-        fit(model, batches, pretraining.next_token_loss, pretraining.gpu(steps=3, eval_every=0, **changes).fit)
+        fit(
+            model, batches, pretraining.next_token_loss, pretraining.gpu(steps=3, eval_every=0, **changes).fit
+        )
     key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     events = sorted(profiled.key_averages(), key=lambda event: -getattr(event, key))[:15]
     return {
@@ -58,7 +60,9 @@ def measure(device: torch.device, steps: int = STEPS, **changes: Any) -> dict[st
         "matmul_flops": peak,
         "peak_bytes": done.peak_bytes,
         "parameters": accounting.count_parameters(model.config),
-        "profile": [{"operator": e.key[:80], "microseconds": getattr(e, key), "calls": e.count} for e in events],
+        "profile": [
+            {"operator": e.key[:80], "microseconds": getattr(e, key), "calls": e.count} for e in events
+        ],
         "loss": [done.records[0]["loss"], done.records[-1]["loss"]],
     }
 

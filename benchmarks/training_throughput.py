@@ -21,7 +21,7 @@ from llmcourse.training import pretraining
 from llmcourse.training.fit import fit
 
 STEPS = 40
-ROUNDS = 5
+ROUNDS = 3
 
 
 class Rows(Dataset):

@@ -45,7 +45,9 @@ def forward_flops_per_token(config: Shape, context: int | None = None) -> float:
     """
     context = context or config.context_length
     attention = config.d_model * config.d_head * (2 * config.n_heads + 2 * config.n_kv_heads)
-    weights = config.n_layers * (attention + 3 * config.d_model * config.d_ff) + config.vocab_size * config.d_model
+    weights = (
+        config.n_layers * (attention + 3 * config.d_model * config.d_ff) + config.vocab_size * config.d_model
+    )
     visible = (context + 1) / 2
     return 2 * weights + config.n_layers * 4 * config.n_heads * config.d_head * visible
 

@@ -11,15 +11,15 @@ import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from llmcourse.training.pretraining import PretrainSettings
-
 app = typer.Typer(
-    help="Train and use the models of the course.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
+    help="Train and use the models of the course.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
 )
 
 
@@ -144,7 +144,9 @@ def run_pretraining(out: Path, preset: str, device: str | None, changes: dict[st
     train, valid, _ = pipeline.tokens(source, codec, codec_artifact)
     if world.is_main:
         distributed.barrier()
-    model, result = pretraining.pretrain(settings, train, valid, checkpoint_folder=out / "checkpoints", device=chosen)
+    model, result = pretraining.pretrain(
+        settings, train, valid, checkpoint_folder=out / "checkpoints", device=chosen
+    )
     if world.is_main:
         save_pretrained(model, out, codec)
         metrics = pipeline.summarize(settings, source, valid, model, result)
@@ -158,12 +160,20 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
     for name, value in metrics.items():
         if isinstance(value, dict):
             for inner, estimate in value.items():
-                print(f"{inner:28} {estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}] n={estimate['n']}")
+                print(
+                    f"{inner:28} {estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}] n={estimate['n']}"
+                )
         else:
             print(f"{name:28} {value:.6g}" if isinstance(value, float) else f"{name:28} {value}")
 
 
-FLAG_TYPES = {"int": int, "float": float, "bool": bool, "str": str, "tuple[float, float]": tuple[float, float]}
+FLAG_TYPES = {
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "str": str,
+    "tuple[float, float]": tuple[float, float],
+}
 
 
 def _flags() -> dict[str, tuple[type, str]]:
@@ -210,7 +220,9 @@ def _pretrain_command() -> Callable[..., None]:
         inspect.Parameter(name, keyword, annotation=Annotated[kind, option], default=default)
         for name, (kind, option, default) in own.items()
     ] + [
-        inspect.Parameter(name, keyword, annotation=Annotated[kind | None, typer.Option(help=text)], default=None)
+        inspect.Parameter(
+            name, keyword, annotation=Annotated[kind | None, typer.Option(help=text)], default=None
+        )
         for name, (kind, text) in _flags().items()
     ]
     pretrain.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -111,7 +111,9 @@ def tokenizer(source: Corpus, vocab_size: int) -> tuple[Tokenizer, Artifact]:
     return Tokenizer.load(artifact.path), artifact
 
 
-def tokens(source: Corpus, codec: Tokenizer, codec_artifact: Artifact) -> tuple[TokenStream, TokenStream, Artifact]:
+def tokens(
+    source: Corpus, codec: Tokenizer, codec_artifact: Artifact
+) -> tuple[TokenStream, TokenStream, Artifact]:
     """Training and validation text as token streams, memory-mapped."""
 
     def make(path: Path) -> dict[str, Any]:
@@ -205,7 +207,12 @@ def _train_base(
             samples.append({"step": step + 1, "texts": [p + t for p, t in zip(prompts, texts, strict=True)]})
 
     model, result = pretraining.pretrain(
-        settings, train, valid, checkpoint_folder=work, on_step=sample, description="pre-training the base model"
+        settings,
+        train,
+        valid,
+        checkpoint_folder=work,
+        on_step=sample,
+        description="pre-training the base model",
     )
     model.eval()
     save_pretrained(model, path, codec)

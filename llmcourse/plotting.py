@@ -15,7 +15,14 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-COLORS = ("#0b5fa5", "#c8551b", "#2b8a3e", "#7a3e9d", "#b8860b", "#444444")  # distinct in gray and for the color-blind
+COLORS = (
+    "#0b5fa5",
+    "#c8551b",
+    "#2b8a3e",
+    "#7a3e9d",
+    "#b8860b",
+    "#444444",
+)  # distinct in gray and for the color-blind
 STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -49,13 +56,17 @@ def lines(
         figure = Figure(figsize=SIZE, layout="constrained")
         axes = figure.subplots()
         for name, (x, y) in series.items():
-            (line,) = axes.plot(x, y, label=name, marker="o" if markers else None, markersize=3.5, linewidth=1.6)
+            (line,) = axes.plot(
+                x, y, label=name, marker="o" if markers else None, markersize=3.5, linewidth=1.6
+            )
             if bands and name in bands:
                 low, high = bands[name]
                 axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
         for name, level in (horizontal or {}).items():
             axes.axhline(level, color="#666666", linestyle="--", linewidth=1.2)
-            axes.annotate(name, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9)
+            axes.annotate(
+                name, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9
+            )
         _label(axes, xlabel, ylabel, title)
         if logx:
             axes.set_xscale("log")
@@ -84,7 +95,9 @@ def bars(
         axes.set_xticks(range(len(labels)), labels, rotation=0 if len("".join(labels)) < 60 else 20)
         for name, level in (horizontal or {}).items():
             axes.axhline(level, color="#666666", linestyle="--", linewidth=1.2)
-            axes.annotate(name, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9)
+            axes.annotate(
+                name, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9
+            )
         _label(axes, "", ylabel, title)
         axes.grid(axis="x", visible=False)
     return figure
@@ -106,7 +119,9 @@ def heatmap(
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 4.4), layout="constrained")
         axes = figure.subplots()
-        image = axes.imshow(values, cmap="viridis", aspect="auto", vmin=low, vmax=high, interpolation="nearest")
+        image = axes.imshow(
+            values, cmap="viridis", aspect="auto", vmin=low, vmax=high, interpolation="nearest"
+        )
         figure.colorbar(image, ax=axes)
         axes.grid(visible=False)
         if columns is not None:

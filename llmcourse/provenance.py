@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
-import importlib.machinery
+import importlib.util
 import sys
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -39,7 +39,7 @@ def module_name(code: Code) -> str:
 
 @functools.cache
 def _package_folder(package: str) -> Path | None:
-    spec = importlib.machinery.PathFinder.find_spec(package)
+    spec = importlib.util.find_spec(package)  # editable installations have finders of their own
     if spec is None:
         return None
     return Path(spec.origin) if spec.origin else Path(next(iter(spec.submodule_search_locations)))

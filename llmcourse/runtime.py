@@ -36,7 +36,9 @@ def pick_device(name: str | None = None) -> torch.device:
     if name in (None, "auto"):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if str(name).startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r}: torch sees no CUDA GPU here; use device='cpu' or the preset 'cpu'")
+        raise ValueError(
+            f"device {name!r}: torch sees no CUDA GPU here; use device='cpu' or the preset 'cpu'"
+        )
     if name == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device 'mps': torch sees no Apple GPU here; use device='cpu'")
     try:
@@ -147,10 +149,14 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def matmul_flops(device: torch.device, dtype: torch.dtype, size: int | None = None, seconds: float = 0.5) -> float:
+def matmul_flops(
+    device: torch.device, dtype: torch.dtype, size: int | None = None, seconds: float = 0.5
+) -> float:
     """Measured rate of a large square matrix product in FLOP/s: the practical peak that MFU is a fraction of."""
     size = size or (8192 if device.type == "cuda" else 1536)
-    generator = torch.Generator(device).manual_seed(0)  # a run's own random numbers must not depend on measuring
+    generator = torch.Generator(device).manual_seed(
+        0
+    )  # a run's own random numbers must not depend on measuring
     a = torch.randn(size, size, device=device, dtype=dtype, generator=generator)
     b = torch.randn(size, size, device=device, dtype=dtype, generator=generator)
     best, end = 0.0, time.perf_counter() + seconds

@@ -26,6 +26,7 @@ import math
 import statistics
 import tempfile
 import time
+from unittest import mock
 
 import torch
 from torch import nn
@@ -721,8 +722,8 @@ def windows(split, rows, length, generator):
     return text[split][starts + torch.arange(length + 1)].to(device)
 
 
-def train_on_text(seed, cache=None):
-    """A trained model and its losses. `cache` only serves "Break it"."""
+def train_on_text(seed):
+    """A trained model and its losses."""
     set_seed(seed)
     model = Transformer(config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
@@ -730,7 +731,7 @@ def train_on_text(seed, cache=None):
     losses = []
     for _ in progress(range(sizes["text_steps"]), description=f"text, seed {seed}", unit="step"):
         batch = windows("train", 32, TRAINED_LENGTH, generator)
-        loss = F.cross_entropy(model(batch[:, :-1], cache).flatten(0, 1), batch[:, 1:].flatten())
+        loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -781,13 +782,13 @@ results["length"] = {
 
 
 # %%
-def continuation(model, prompt, n_bytes=90, cache=None):
+def continuation(model, prompt, n_bytes=90):
     """The most probable bytes after a prompt, one at a time."""
     tokens = torch.tensor([list(prompt.encode())], device=device)
     with torch.no_grad():
         for _ in range(n_bytes):
             context = tokens[:, -TRAINED_LENGTH:]
-            tokens = torch.cat((tokens, model(context, cache)[:, -1:].argmax(-1)), dim=1)
+            tokens = torch.cat((tokens, model(context)[:, -1:].argmax(-1)), dim=1)
     return bytes(tokens[0].tolist()).decode(errors="replace")
 
 
@@ -954,32 +955,18 @@ claim(
 # %% [markdown]
 # ## Break it
 #
-# Forget the mask. It takes one missing argument, the shapes are right, nothing warns, and the loss looks like a triumph. `Attention` masks the future unless a cache brings a mask of its own, so a cache that stores nothing and has no mask is enough to forget it.
+# Forget the mask. It takes one missing argument: here `Attention` calls a function without `is_causal=True` in the place of the package's `causal_attention`. The shapes are right, nothing warns, and the loss looks like a triumph.
 
 
 # %%
-class Unmasked:
-    """A cache that keeps nothing and has no mask."""
-
-    length = 0
-
-    def positions(self, n_tokens):
-        """Every sequence starts at position 0."""
-        return None
-
-    def mask(self, n_tokens):
-        """No mask: every query may see every key."""
-        return None
-
-    def update(self, layer, keys, values):
-        """Give the keys and values back as they are."""
-        return keys, values
-
-    def advance(self, n_tokens):
-        """Nothing is stored, so nothing is counted."""
+def unmasked_attention(q, k, v):
+    """`causal_attention` with its mask forgotten."""
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
-leaking = [train_on_text(seed, Unmasked()) for seed in seeds]
+forgotten_mask = mock.patch("llmcourse.models.attention.causal_attention", unmasked_attention)
+with forgotten_mask:
+    leaking = [train_on_text(seed) for seed in seeds]
 steps = list(range(sizes["text_steps"]))
 curves = {"with the mask": trained, "without the mask": leaking}
 losses = {
@@ -1010,7 +997,8 @@ print(f"                              without the mask: {seed_interval(final['un
 if floor is not None:
     print(f"entropy of the corpus:                          {floor:.3f}")
 print(f"the leaking models, read with the mask:         {seed_interval(used_honestly):.3f}")
-print("what it writes:", repr(continuation(leaking[0][0], prompt, cache=Unmasked())))
+with forgotten_mask:
+    print("what it writes:", repr(continuation(leaking[0][0], prompt)))
 results["leak"] = {
     "masked": [one for _, one in trained], "unmasked": [one for _, one in leaking],
     "final": final, "read_with_mask": used_honestly, "floor": floor, "uniform": math.log(256),
@@ -1026,18 +1014,17 @@ results["leak"] = {
 
 # %%
 @torch.no_grad()
-def earlier_logits_move(model, cache=None):
+def earlier_logits_move(model):
     """Whether logits before the last position depend on the last token."""
     tokens = windows("validation", 4, 31, torch.Generator().manual_seed(SEED))
     other = tokens.clone()
     other[:, -1] = (other[:, -1] + 1) % 256
-    return largest_difference(model(tokens, cache)[:, :-1], model(other, cache)[:, :-1]) > 0
+    return largest_difference(model(tokens)[:, :-1], model(other)[:, :-1]) > 0
 
 
-leaks = {
-    "with the mask": [earlier_logits_move(model.to(device)) for model, _ in trained],
-    "without the mask": [earlier_logits_move(model.to(device), Unmasked()) for model, _ in leaking],
-}
+leaks = {"with the mask": [earlier_logits_move(model.to(device)) for model, _ in trained]}
+with forgotten_mask:
+    leaks["without the mask"] = [earlier_logits_move(model.to(device)) for model, _ in leaking]
 print(leaks)
 
 # %%

@@ -35,16 +35,26 @@ def exact_match(
     """
     context = model.config.context_length
     read = [probe for probe in probes if len(tokenizer.encode(probe.prompt)) < context]
-    texts = complete(model, tokenizer, [p.prompt for p in read], temperature=0.0, max_new_tokens=max_new_tokens)
+    texts = complete(
+        model, tokenizer, [p.prompt for p in read], temperature=0.0, max_new_tokens=max_new_tokens
+    )
     right = sum(probe.matches(text) for probe, text in zip(read, texts, strict=True))
     return wilson_interval(right, len(probes))
 
 
 def story_quality(
-    model: Transformer, tokenizer: TextCodec, town: Town, n: int = 100, *, temperature: float = 1.0, seed: int = 0
+    model: Transformer,
+    tokenizer: TextCodec,
+    town: Town,
+    n: int = 100,
+    *,
+    temperature: float = 1.0,
+    seed: int = 0,
 ) -> StoryQuality:
     """Let the model write `n` stories, each from the first sentence of a fresh one, and judge them by the town's rules."""
-    openings = [d.text.split(". ")[0] + "." for d in town.documents(n, seed=seed + 10_000_019, kinds=["story"])]
+    openings = [
+        d.text.split(". ")[0] + "." for d in town.documents(n, seed=seed + 10_000_019, kinds=["story"])
+    ]
     params = SamplingParams(temperature=temperature, max_new_tokens=192, seed=seed)
     texts = complete(model, tokenizer, openings, params)
     scores = [town.score_story(opening + text) for opening, text in zip(openings, texts, strict=True)]

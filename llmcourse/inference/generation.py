@@ -43,7 +43,8 @@ def generate(
     """Continue each prompt (token ids); returns only the new ids, without the stop id that ended them.
 
     All prompts run as one batch, padded on the left; a row that has finished leaves the batch, so that greedy results
-    do not depend on the company. A row also ends where its context is full. `use_cache=False` recomputes everything at each step, for comparison only.
+    do not depend on the company. A row also ends where its context is full. `use_cache=False` recomputes everything at
+    each step, for comparison only.
 
     Raises:
         ValueError: an empty prompt, one that leaves no room in the context, or stop strings without a tokenizer.
@@ -127,7 +128,9 @@ def _check_prompts(
     context = model.config.context_length
     for number, prompt in enumerate(prompts):
         if not prompt:
-            raise ValueError(f"prompt {number} is empty: begin with the end-of-text token to start from nothing")
+            raise ValueError(
+                f"prompt {number} is empty: begin with the end-of-text token to start from nothing"
+            )
         if len(prompt) >= context:
             raise ValueError(
                 f"prompt {number} has {len(prompt)} tokens and the context holds {context}: shorten it to leave room"
@@ -145,7 +148,9 @@ def _new_cache(model: Transformer, padding: Tensor, capacity: int) -> KVCache:
 
 def _last_logits(model: Transformer, tokens: Tensor, padding: Tensor, cache: KVCache | None) -> Tensor:
     """Logits (B, V) after the last token; only that position goes through the head."""
-    if cache is None and bool(padding.any()):  # a throw-away cache carries the padding, so that both paths mask alike
+    if cache is None and bool(
+        padding.any()
+    ):  # a throw-away cache carries the padding, so that both paths mask alike
         cache = _new_cache(model, padding, tokens.shape[1])
     return model.head(model.hidden_states(tokens, cache)[:, -1])
 

@@ -32,7 +32,9 @@ class KVCache:
         self._count_shortest_padding()
         tokens = capacity - self._shortest_padding  # that the longest row can come to
         if tokens > config.context_length:
-            raise ValueError(f"capacity={tokens} exceeds the model's context of {config.context_length} tokens")
+            raise ValueError(
+                f"capacity={tokens} exceeds the model's context of {config.context_length} tokens"
+            )
         shape = (config.n_layers, batch_size, config.n_kv_heads, capacity, config.d_head)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
@@ -69,7 +71,9 @@ class KVCache:
         if self.padding is None:
             return causal
         real = slots[None] >= self.padding[:, None]  # (B, Tk)
-        on_itself = slots[None] == queries[:, None]  # a padded query sees itself, so that its softmax has a term
+        on_itself = (
+            slots[None] == queries[:, None]
+        )  # a padded query sees itself, so that its softmax has a term
         return causal & (real[:, None, None] | on_itself[None, None])
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

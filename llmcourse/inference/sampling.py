@@ -47,7 +47,9 @@ class SamplingParams:
         if isinstance(self.stop, str):
             raise ValueError(f"stop={self.stop!r}: give a tuple of strings, ({self.stop!r},)")
         if "" in self.stop:
-            raise ValueError(f"stop={self.stop!r}: every text holds the empty string; give strings with letters")
+            raise ValueError(
+                f"stop={self.stop!r}: every text holds the empty string; give strings with letters"
+            )
 
     @property
     def greedy(self) -> bool:

@@ -118,7 +118,9 @@ def blocked_causal_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 128) 
     for start in range(0, T, block):
         end = min(start + block, T)
         n = end - start
-        scores = q[:, :, :, start:end].reshape(B * K, -1, C) @ k[:, :, :end].reshape(B * K, end, C).transpose(1, 2)
+        scores = q[:, :, :, start:end].reshape(B * K, -1, C) @ k[:, :, :end].reshape(B * K, end, C).transpose(
+            1, 2
+        )
         bias = torch.zeros(n, end, dtype=scores.dtype, device=q.device)
         bias.masked_fill_(~causal_mask(n, end, q.device), float("-inf"))
         weights = (scores.view(B * K, -1, n, end) + bias).softmax(dim=-1).to(v.dtype)  # (B K, G, n, end)

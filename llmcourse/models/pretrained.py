@@ -61,7 +61,9 @@ def hub_name(name: str) -> str:
 
 def config_to_hub(config: ModelConfig) -> dict[str, Any]:
     """The config.json of the same architecture."""
-    model_type, architecture = ("qwen3", "Qwen3ForCausalLM") if config.qk_norm else ("llama", "LlamaForCausalLM")
+    model_type, architecture = (
+        ("qwen3", "Qwen3ForCausalLM") if config.qk_norm else ("llama", "LlamaForCausalLM")
+    )
     return {
         "architectures": [architecture],
         "model_type": model_type,
@@ -195,7 +197,9 @@ def from_pretrained(name_or_folder: str | Path, *, dtype: torch.dtype = torch.fl
     return model_from_hub(config, tensors, dtype=dtype)
 
 
-def model_from_hub(config: ModelConfig, tensors: dict[str, Tensor], *, dtype: torch.dtype = torch.float32) -> Transformer:
+def model_from_hub(
+    config: ModelConfig, tensors: dict[str, Tensor], *, dtype: torch.dtype = torch.float32
+) -> Transformer:
     """A model with the weights of `tensors`, which have Hugging Face's names.
 
     Raises:
@@ -213,11 +217,15 @@ def model_from_hub(config: ModelConfig, tensors: dict[str, Tensor], *, dtype: to
         tensor = tensors.pop(hub, None)
         if tensor is None or tensor.shape != own.shape:
             found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
-            raise ValueError(f"tensor {hub} is {found}, config.json asks for {tuple(own.shape)}: not the same model")
+            raise ValueError(
+                f"tensor {hub} is {found}, config.json asks for {tuple(own.shape)}: not the same model"
+            )
         state[name] = tensor.to(dtype)
     left_over = [name for name in tensors if not name.endswith("rotary_emb.inv_freq")]
     if left_over:
-        raise ValueError(f"the checkpoint holds {left_over[0]}, which config.json has no place for: not the same model")
+        raise ValueError(
+            f"the checkpoint holds {left_over[0]}, which config.json has no place for: not the same model"
+        )
     model.load_state_dict(state)
     return model.eval()
 
@@ -232,7 +240,9 @@ def local_folder(name_or_folder: str | Path) -> Path:
     if folder.is_dir():
         return folder
     if folder.is_absolute() or str(name_or_folder).count("/") != 1:
-        raise ValueError(f"{name_or_folder}: no such folder; give a checkpoint folder or a Hub name like org/model")
+        raise ValueError(
+            f"{name_or_folder}: no such folder; give a checkpoint folder or a Hub name like org/model"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

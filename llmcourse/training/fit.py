@@ -99,7 +99,15 @@ class FitSettings:
         for name in ("steps", "micro_steps", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give at least 1")
-        for name in ("lr", "warmup_steps", "grad_clip", "eval_every", "checkpoint_every", "weight_decay", "eps"):
+        for name in (
+            "lr",
+            "warmup_steps",
+            "grad_clip",
+            "eval_every",
+            "checkpoint_every",
+            "weight_decay",
+            "eps",
+        ):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"{name}={value}: give a number of at least 0")
@@ -199,7 +207,9 @@ def fit(
                     with autocast:
                         total, count, metrics = run_loss(replica, batch)
                     total.backward()
-                totals += torch.stack((total.detach().double(), torch.as_tensor(count, device=device).double()))
+                totals += torch.stack(
+                    (total.detach().double(), torch.as_tensor(count, device=device).double())
+                )
             mean_loss, units = _mean(distributed.sum_over_processes(totals))
             grad_norm = scale_and_clip(parameters, world.size / max(units, 1), settings.grad_clip)
             if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
@@ -239,7 +249,9 @@ def scale_and_clip(parameters: Sequence[Tensor], scale: float, largest: float) -
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
-        raise TrainingError("no parameter has a gradient: does the loss depend on the model, outside no_grad?")
+        raise TrainingError(
+            "no parameter has a gradient: does the loss depend on the model, outside no_grad?"
+        )
     norm = float(torch.nn.utils.get_total_norm(gradients)) * scale
     if largest and norm > largest:
         scale *= largest / (norm + 1e-6)
@@ -275,11 +287,15 @@ def _maybe_compile(loss: Loss, settings: FitSettings, device: torch.device, firs
     if settings.compile == "on" or (settings.compile == "auto" and worthwhile and has_compiler):
         return torch.compile(loss)
     if settings.compile == "auto" and worthwhile:
-        print("no C++ compiler found: training without torch.compile, which is slower but gives the same model")
+        print(
+            "no C++ compiler found: training without torch.compile, which is slower but gives the same model"
+        )
     return loss
 
 
-def _mfu_meter(model: nn.Module, device: torch.device, dtype: torch.dtype, n_processes: int) -> Callable[[float], float]:
+def _mfu_meter(
+    model: nn.Module, device: torch.device, dtype: torch.dtype, n_processes: int
+) -> Callable[[float], float]:
     """A function from units a second (over all processes) to MFU; NaN for models whose FLOPs are not known."""
     config = getattr(model, "config", None)
     if not hasattr(config, "context_length"):
@@ -331,7 +347,9 @@ def _resume(
     if found is None:
         return FitResult(), 0
     if found.step > steps:
-        raise ValueError(f"{folder} is at step {found.step}, beyond steps={steps}: give more steps or another folder")
+        raise ValueError(
+            f"{folder} is at step {found.step}, beyond steps={steps}: give more steps or another folder"
+        )
     data_state, extra = checkpoints.load_checkpoint(found, model=model, optimizers=optimizers)
     batches.load_state_dict(data_state)
     result = FitResult(

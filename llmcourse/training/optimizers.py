@@ -51,8 +51,9 @@ def newton_schulz(matrix: Tensor, iterations: int = 5, eps: float = 1e-7) -> Ten
     Runs in the input's dtype; bfloat16 is enough.
     """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
-    x = matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix  # the Gram matrix below is then the small one
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)  # Frobenius norm 1 bounds all singular values by 1
+    # The Gram matrix below is then the small one, and Frobenius norm 1 bounds all singular values by 1.
+    x = matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
     for _ in range(iterations):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x

@@ -57,7 +57,7 @@ def test_three_merges_by_hand() -> None:
 
 
 def test_tie_goes_to_the_smaller_pair_whatever_the_order_of_texts() -> None:
-    """"xy" and "ab" occur twice each; a comes before x in the alphabet, so (a, b) is learned first."""
+    """ "xy" and "ab" occur twice each; a comes before x in the alphabet, so (a, b) is learned first."""
     for texts in (["xy", "xy", "ab", "ab"], ["ab", "ab", "xy", "xy"]):
         assert train_bpe(texts, 1000).vocabulary[256:] == (b"ab", b"xy")
 
@@ -70,7 +70,7 @@ def test_earlier_rule_wins_over_longer_match() -> None:
 
 
 def test_one_token_two_rules_agrees_with_the_library() -> None:
-    """"abc" as "ab"+"c" and as "a"+"bc" is one id with two rules."""
+    """ "abc" as "ab"+"c" and as "a"+"bc" is one id with two rules."""
     first = BytePairEncoding((), SPECIAL_TOKENS)
     a, b, c = (first.byte_ids[byte] for byte in b"abc")
     n = first.vocab_size
