@@ -955,13 +955,14 @@ claim(
 # %% [markdown]
 # ## Break it
 #
-# Forget the mask. It takes one missing argument: here `Attention` calls a function without `is_causal=True` in the place of the package's `causal_attention`. The shapes are right, nothing warns, and the loss looks like a triumph.
+# Forget the mask. It takes one missing argument: here, `Attention` calls the written-out attention without its `mask` in the place of `causal_attention`. The shapes are right, nothing warns, and the loss looks like a triumph.
 
 
 # %%
 def unmasked_attention(q, k, v):
     """`causal_attention` with its mask forgotten."""
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    groups = q.shape[1] // k.shape[1]
+    return scaled_dot_product_attention(q, repeat_kv(k, groups), repeat_kv(v, groups))
 
 
 forgotten_mask = mock.patch("llmcourse.models.attention.causal_attention", unmasked_attention)
