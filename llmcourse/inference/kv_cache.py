@@ -15,7 +15,11 @@ class KVCache:
     """Keys and values of every layer in two buffers (n_layers, B, K, capacity, C), filled from the left.
 
     Rows of unequal prompts are padded on the left: `padding` (B,) int64 counts the slots of each row that hold no
-    token. They are masked out, and positions count from the first real token.
+    token. They are masked out, and positions count from the first real token. So `capacity` may exceed the context by
+    the largest padding: a row must then leave (`keep_rows`) when its own tokens fill the context.
+
+    Raises:
+        ValueError: `capacity` is more than any row could use.
     """
 
     def __init__(
@@ -30,10 +34,10 @@ class KVCache:
     ) -> None:
         self.padding = padding if padding is not None and bool(padding.any()) else None
         self._count_shortest_padding()
-        tokens = capacity - self._shortest_padding  # that the longest row can come to
-        if tokens > config.context_length:
+        usable = config.context_length + (0 if self.padding is None else int(self.padding.max()))
+        if capacity > usable:
             raise ValueError(
-                f"capacity={tokens} exceeds the model's context of {config.context_length} tokens"
+                f"capacity={capacity} exceeds the model's context of {config.context_length} tokens plus padding"
             )
         shape = (config.n_layers, batch_size, config.n_kv_heads, capacity, config.d_head)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)

@@ -107,13 +107,13 @@ def test_positions_and_masks_by_hand():
 
 
 def test_padding_does_not_count_towards_the_context():
-    cache = KVCache(CONFIG, 2, 70, padding=torch.tensor([9, 6]))
+    cache = KVCache(CONFIG, 2, 73, padding=torch.tensor([9, 6]))
     cache.advance(10)
     assert (cache.length, cache.longest) == (10, 4)
     cache.keep_rows(torch.tensor([0]))
     assert cache.longest == 1
-    with pytest.raises(ValueError, match=r"capacity=65 exceeds the model's context of 64"):
-        KVCache(CONFIG, 2, 70, padding=torch.tensor([9, 5]))
+    with pytest.raises(ValueError, match=r"capacity=74 exceeds the model's context of 64 tokens plus padding"):
+        KVCache(CONFIG, 2, 74, padding=torch.tensor([9, 6]))
 
 
 def test_update_stores_behind_what_is_there_without_counting_it():
