@@ -351,8 +351,8 @@ def test_a_diverged_run_is_one_line(command, town, tmp_path):
 
 @pytest.mark.slow
 def test_documentation_of_this_machine_is_a_corpus(command, tmp_path):
-    flags = "--corpus python-docs --n-documents 1500 --vocab-size 512 --steps 30 --batch-size 4 --compile off"
-    shape = "--context-length 128 --d-model 64 --n-layers 2 --d-ff 128 --eval-every 30"
+    flags = "--corpus python-docs --n-documents 1500 --vocab-size 512 --steps 60 --batch-size 4 --compile off"
+    shape = "--context-length 128 --d-model 64 --n-layers 2 --d-ff 128 --warmup-steps 5"
     output = command("pretrain", "--out", tmp_path, *flags.split(), *shape.split())
     assert output.code == 0, output.err
     metrics = json.loads((tmp_path / "metrics.json").read_text())

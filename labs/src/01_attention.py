@@ -105,13 +105,9 @@ class Recall(nn.Module):
         super().__init__()
         self.key, self.value = nn.Embedding(N_KEYS, WIDTH), nn.Embedding(N_VALUES, WIDTH)
         self.answer = nn.Linear(WIDTH, N_VALUES)
+        self.memory = None if memory == "attention" else memory(WIDTH, WIDTH, batch_first=True)
         if memory == "attention":
-            self.memory, self.projections = (
-                None,
-                nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in "qkv"),
-            )
-        else:
-            self.memory = memory(WIDTH, WIDTH, batch_first=True)
+            self.projections = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in "qkv")
 
     def forward(self, keys, values, queries):
         """keys, values (B, N), queries (B, Q) -> logits (B, Q, N_VALUES)."""
@@ -152,9 +148,8 @@ def train_recall(memory, n_pairs, seed):
 # %%
 memories = {"tanh RNN": nn.RNN, "GRU": nn.GRU, "attention": "attention"}
 runs = [(name, n, seed) for name in memories for n in sizes["pairs"] for seed in seeds]
-recall = {
-    name: {n: [] for n in sizes["pairs"]} for name in memories
-}  # lists over seeds, of accuracy by distance
+# for each memory and number of pairs: a list over seeds of accuracies by distance
+recall = {name: {n: [] for n in sizes["pairs"]} for name in memories}
 for name, n_pairs, seed in progress(runs, description="recall", unit="run"):
     recall[name][n_pairs].append(train_recall(memories[name], n_pairs, seed))
 
@@ -172,13 +167,11 @@ def knows_values_only(n_pairs, draws=20_000):
 
 unbound = {n: knows_values_only(n) for n in sizes["pairs"]}
 print("accuracy, mean and 95 % interval over seeds")
+print(" " * 10, *(f"{f'{n} pairs':>18}" for n in sizes["pairs"]))
 for name in memories:
-    print(
-        f"{name:>10}",
-        *(f"{n:>3} pairs: {seed_interval(mean_accuracy(name, n)):.3f}" for n in sizes["pairs"]),
-        sep="   ",
-    )
-print(f"{'unbound':>10}", *(f"{n:>3} pairs: {unbound[n]:.3f}" for n in sizes["pairs"]), sep="   ")
+    means = [seed_interval(mean_accuracy(name, n)) for n in sizes["pairs"]]
+    print(f"{name:>10}", *(f" {mean.value:.2f} [{mean.low:.2f}, {mean.high:.2f}]" for mean in means))
+print(f"{'unbound':>10}", *(f"{unbound[n]:>18.2f}" for n in sizes["pairs"]))
 
 # %%
 middle = sizes["pairs"][1]
@@ -792,7 +785,7 @@ def continuation(model, prompt, n_bytes=90):
     return bytes(tokens[0].tolist()).decode(errors="replace")
 
 
-prompt = bytes(text["validation"][:24].tolist()).decode(errors="replace")
+prompt = max(corpus.validation["text"][:50], key=len)[:40]
 print(repr(continuation(trained[0][0], prompt)))
 
 # %% [markdown]
@@ -1043,7 +1036,7 @@ claim(
 )
 
 # %%
-store_results("attention", results)
+_ = store_results("attention", results)
 
 # %% [markdown]
 # ## Takeaways

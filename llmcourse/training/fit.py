@@ -207,9 +207,7 @@ def fit(
                     with autocast:
                         total, count, metrics = run_loss(replica, batch)
                     total.backward()
-                totals += torch.stack(
-                    (total.detach().double(), torch.as_tensor(count, device=device).double())
-                )
+                totals += torch.stack((total.detach().double(), torch.as_tensor(count, device=device).double()))  # fmt: skip
             mean_loss, units = _mean(distributed.sum_over_processes(totals))
             grad_norm = scale_and_clip(parameters, world.size / max(units, 1), settings.grad_clip)
             if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):

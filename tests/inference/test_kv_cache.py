@@ -112,7 +112,9 @@ def test_padding_does_not_count_towards_the_context():
     assert (cache.length, cache.longest) == (10, 4)
     cache.keep_rows(torch.tensor([0]))
     assert cache.longest == 1
-    with pytest.raises(ValueError, match=r"capacity=74 exceeds the model's context of 64 tokens plus padding"):
+    with pytest.raises(
+        ValueError, match=r"capacity=74 exceeds the model's context of 64 tokens plus padding"
+    ):
         KVCache(CONFIG, 2, 74, padding=torch.tensor([9, 6]))
 
 
