@@ -44,8 +44,8 @@ class Transformer(nn.Module):
     Weights start as N(0, 1 / D), which keeps the variance of a D-wide input, and the two matrices of a block that
     write into the residual stream as N(0, 1 / (2 n_layers D)), so that its variance does not grow with depth (Radford
     et al., 2019, section 2.3). Embeddings start as N(0, 9 / D): a token's identity must not drown in what the first
-    blocks add to it. With GPT-2's fixed 0.02 everywhere, a model this narrow learns to copy from its context an order of
-    magnitude later.
+    blocks add to it. With embeddings at 0.02, one-seed trials of the cpu preset's width on stories alone made no use of
+    their context after 1.2 to 2.5 million tokens; from 0.08 upwards they did within 1.2 million.
     """
 
     def __init__(self, config: ModelConfig) -> None:
