@@ -96,7 +96,7 @@ def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
     """softmax(Q K^T / sqrt(C)) V, written out (Vaswani et al., 2017, eq. 1).
 
     q (B, H, Tq, C), k and v (B, H, Tk, C), mask boolean (Tq, Tk), True = may attend -> (B, H, Tq, C).
-    This is the study version; `Attention` calls torch's fused kernel, which never stores the (Tq, Tk) weights.
+    This is the study version; `Attention` goes through `causal_attention`, which picks the kernel for the device.
     """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, Tq, Tk)
     if mask is not None:
