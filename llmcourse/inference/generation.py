@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from llmcourse.inference.fused import FusedTransformer, can_fuse
 from llmcourse.inference.kv_cache import KVCache
 from llmcourse.inference.sampling import SamplingParams, sample
 from llmcourse.models.transformer import Transformer
@@ -39,12 +40,14 @@ def generate(
     stop_ids: Sequence[int] = (),
     tokenizer: TextCodec | None = None,
     use_cache: bool = True,
+    fused: bool = True,
 ) -> list[list[int]]:
     """Continue each prompt (token ids); returns only the new ids, without the stop id that ended them.
 
     All prompts run as one batch, padded on the left; a row that has finished leaves the batch, so that greedy results
     do not depend on the company. A row also ends where its context is full. `use_cache=False` recomputes everything at
-    each step, for comparison only.
+    each step, for comparison only. `fused` runs the steps through a `FusedTransformer` where `can_fuse` allows it: the
+    same numbers up to rounding, sooner.
 
     Raises:
         ValueError: an empty prompt, one that leaves no room in the context, or stop strings without a tokenizer.
@@ -61,11 +64,12 @@ def generate(
     padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
     tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)  # (B, T)
     cache = _new_cache(model, padding, longest + room) if use_cache else None
+    fast = FusedTransformer(model) if use_cache and fused and can_fuse(model) else None
     rows = list(range(len(prompts)))  # which prompt each row of the batch belongs to
     new_ids: list[list[int]] = [[] for _ in prompts]
     stops = set(stop_ids)
     for _ in range(room):
-        logits = _last_logits(model, tokens, padding, cache)  # (B, V)
+        logits = fast.logits(tokens, cache) if fast else _last_logits(model, tokens, padding, cache)  # (B, V)
         chosen = sample(logits, params, generator)  # (B,)
         running = []
         for i, token in enumerate(chosen.tolist()):
@@ -148,9 +152,8 @@ def _new_cache(model: Transformer, padding: Tensor, capacity: int) -> KVCache:
 
 def _last_logits(model: Transformer, tokens: Tensor, padding: Tensor, cache: KVCache | None) -> Tensor:
     """Logits (B, V) after the last token; only that position goes through the head."""
-    if cache is None and bool(
-        padding.any()
-    ):  # a throw-away cache carries the padding, so that both paths mask alike
+    if cache is None and bool(padding.any()):
+        # a throw-away cache carries the padding, so that both paths mask alike
         cache = _new_cache(model, padding, tokens.shape[1])
     return model.head(model.hidden_states(tokens, cache)[:, -1])
 

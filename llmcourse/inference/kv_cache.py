@@ -43,6 +43,11 @@ class KVCache:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length, self.capacity = 0, capacity
+        self._list_layers()
+
+    def _list_layers(self) -> None:
+        # views made once: indexing a 5-d buffer at each update costs more than the copy of one token
+        self._layers = list(zip(self.keys.unbind(), self.values.unbind(), strict=True))
 
     def _count_shortest_padding(self) -> None:
         self._shortest_padding = 0 if self.padding is None else int(self.padding.min())
@@ -75,9 +80,8 @@ class KVCache:
         if self.padding is None:
             return causal
         real = slots[None] >= self.padding[:, None]  # (B, Tk)
-        on_itself = (
-            slots[None] == queries[:, None]
-        )  # a padded query sees itself, so that its softmax has a term
+        # a padded query sees itself, so that its softmax has a term
+        on_itself = slots[None] == queries[:, None]
         return causal & (real[:, None, None] | on_itself[None, None])
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,12 +90,14 @@ class KVCache:
         Raises:
             ValueError: the buffers are full.
         """
-        end = self.length + keys.shape[2]
+        n_tokens = keys.shape[2]
+        end = self.length + n_tokens
         if end > self.capacity:
             raise ValueError(f"{end} tokens do not fit the cache of {self.capacity}: make it larger")
-        self.keys[layer, :, :, self.length : end] = keys
-        self.values[layer, :, :, self.length : end] = values
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        stored_keys, stored_values = self._layers[layer]  # (B, K, capacity, C)
+        stored_keys.narrow(2, self.length, n_tokens).copy_(keys)
+        stored_values.narrow(2, self.length, n_tokens).copy_(values)
+        return stored_keys.narrow(2, 0, end), stored_values.narrow(2, 0, end)
 
     def advance(self, n_tokens: int) -> None:
         """Count `n_tokens` as stored."""
@@ -100,6 +106,7 @@ class KVCache:
     def keep_rows(self, rows: Tensor) -> None:
         """Keep only the rows of these indices (n,), in this order: finished rows cost nothing more."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self._list_layers()
         if self.padding is not None:
             self.padding = self.padding[rows]
             self._count_shortest_padding()

@@ -117,20 +117,22 @@ def test_a_seed_repeats_and_no_seed_follows_the_global_generator(model):
     assert run(None) == first != second
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_finished_rows_leave_and_the_others_do_not_notice(model, reference, use_cache, monkeypatch):
+@pytest.mark.parametrize(("use_cache", "fused"), [(True, True), (True, False), (False, False)])
+def test_finished_rows_leave_and_the_others_do_not_notice(model, reference, use_cache, fused, monkeypatch):
     stop = reference[0][3]  # ends row 0 after three tokens, and whichever other rows meet it
     expected = [ids[: ids.index(stop)] if stop in ids else ids for ids in reference]
     assert len({len(ids) for ids in expected}) > 1
     sizes = []
-    last_logits = module._last_logits
+    sample = module.sample
 
-    def watch(model, tokens, padding, cache):
-        sizes.append(len(tokens))
-        return last_logits(model, tokens, padding, cache)
+    def watch(logits, params, generator):
+        sizes.append(len(logits))
+        return sample(logits, params, generator)
 
-    monkeypatch.setattr(module, "_last_logits", watch)
-    assert generate(model, prompts_of(), GREEDY, stop_ids=[stop], use_cache=use_cache) == expected
+    monkeypatch.setattr(module, "sample", watch)
+    assert (
+        generate(model, prompts_of(), GREEDY, stop_ids=[stop], use_cache=use_cache, fused=fused) == expected
+    )
     # at step i the batch holds the rows that have not met the stop id in their first i tokens
     running = [sum(stop not in ids[:i] for ids in reference) for i in range(20)]
     assert sizes == running and running[-1] < 5
