@@ -26,10 +26,10 @@ class StoryQuality:
     """share of all sentences that are right"""
 
 
-def exact_match(
+def count_matches(
     model: Transformer, tokenizer: TextCodec, probes: Sequence[Probe], *, max_new_tokens: int = 24
-) -> Estimate:
-    """Share of probes whose greedy completion begins with the answer, with Wilson's 95 % interval.
+) -> int:
+    """Number of probes whose greedy completion begins with the answer.
 
     A probe whose prompt alone fills the model's context counts as missed.
     """
@@ -38,8 +38,15 @@ def exact_match(
     texts = complete(
         model, tokenizer, [p.prompt for p in read], temperature=0.0, max_new_tokens=max_new_tokens
     )
-    right = sum(probe.matches(text) for probe, text in zip(read, texts, strict=True))
-    return wilson_interval(right, len(probes))
+    return sum(probe.matches(text) for probe, text in zip(read, texts, strict=True))
+
+
+def exact_match(
+    model: Transformer, tokenizer: TextCodec, probes: Sequence[Probe], *, max_new_tokens: int = 24
+) -> Estimate:
+    """Share of probes that `count_matches` counts, with Wilson's 95 % interval."""
+    matches = count_matches(model, tokenizer, probes, max_new_tokens=max_new_tokens)
+    return wilson_interval(matches, len(probes))
 
 
 def story_quality(
@@ -78,12 +85,14 @@ def town_report(
     """
     quality = story_quality(model, tokenizer, town, n=min(n, 128), temperature=0.7, seed=seed)
     plain, worked = town.sum_probes(n, seed)[: n // 2], town.sum_probes(n, seed + 1, worked=True)[: n // 2]
+    plain_right = count_matches(model, tokenizer, plain)
+    worked_right = count_matches(model, tokenizer, worked, max_new_tokens=32)
     estimates = {
         "facts": exact_match(model, tokenizer, town.fact_probes(n, seed)),
         "facts_reworded": exact_match(model, tokenizer, town.fact_probes(n, seed, held_out_template=True)),
-        "sums": exact_match(model, tokenizer, plain + worked, max_new_tokens=32),
-        "sums_plain": exact_match(model, tokenizer, plain),
-        "sums_worked": exact_match(model, tokenizer, worked, max_new_tokens=32),
+        "sums": wilson_interval(plain_right + worked_right, len(plain) + len(worked)),
+        "sums_plain": wilson_interval(plain_right, len(plain)),
+        "sums_worked": wilson_interval(worked_right, len(worked)),
         "story_facts": exact_match(model, tokenizer, town.story_probes(n, seed)),
         "stories_grammatical": quality.grammatical,
         "stories_consistent": quality.consistent,
