@@ -13,7 +13,15 @@ from rich.table import Table
 
 from benchmarks.harness import missed, write
 
-CPU = ("training_throughput", "generation_speed", "base_model", "python_docs")
+CPU = (
+    "training_throughput",
+    "generation_speed",
+    "base_model",
+    "python_docs",
+    "deduplication",
+    "tokenization",
+    "data_preparation",
+)
 GPU = ("gpu_pretraining",)
 
 

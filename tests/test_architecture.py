@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "llmcourse"
 # Each layer imports only from itself and from those above it in this list.
 LAYERS = [
-    {"runtime", "accounting", "artifacts", "durable", "provenance", "plotting"},
+    {"runtime", "accounting", "roofline", "profiling", "artifacts", "durable", "provenance", "plotting"},
     {"tokenization", "models"},
     {"data", "inference", "interpretability"},
     {"training", "evaluation"},
@@ -21,7 +21,7 @@ LAYERS = [
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 70
 # An exercise's file holds a record for each wrong answer that it knows: data, and long.
-MAX_EXERCISES_LINES = 900
+MAX_EXERCISES_LINES = 1100
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 Function = ast.FunctionDef | ast.AsyncFunctionDef
