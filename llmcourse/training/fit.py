@@ -166,6 +166,7 @@ def fit(
     evaluate: Evaluate | None = None,
     checkpoint_folder: Path | str | None = None,
     on_step: Callable[[int, nn.Module], None] | None = None,
+    optimizers: list[torch.optim.Optimizer] | None = None,
     progress: bool = True,
     description: str = "training",
 ) -> FitResult:
@@ -174,6 +175,8 @@ def fit(
     With a `checkpoint_folder` the run saves itself there, and goes on from the newest valid checkpoint that it finds:
     bit for bit what an uninterrupted run on the same machine gives. `evaluate(model)` returns numbers; its
     "validation_loss", if any, decides which checkpoint is the best. `on_step(step, model)` is called after each step.
+    `optimizers` replace those that the settings name; the learning rate of a parameter group is the settings' times the
+    group's "lr_scale", 1 where there is none.
 
     Raises:
         TrainingError: the loss or the gradient norm is not finite; the step is not taken.
@@ -182,7 +185,7 @@ def fit(
     device = next(model.parameters()).device
     world = distributed.world()
     runtime.set_seed(settings.seed)
-    optimizers = _optimizers(model, settings)
+    optimizers = optimizers or _optimizers(model, settings)
     result, first = _resume(model, optimizers, batches, checkpoint_folder, settings.steps)
     autocast_dtype = runtime.precision_dtype(settings.precision, device)
     autocast = torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None)
@@ -214,8 +217,7 @@ def fit(
                 raise _not_finite(step, mean_loss, grad_norm, batches, checkpoint_folder)
             lr = settings.lr * settings.factor(step)
             for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
+                _set_rate(optimizer, lr)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             now = time.perf_counter()
@@ -276,6 +278,11 @@ def _optimizers(model: nn.Module, settings: FitSettings) -> list[torch.optim.Opt
         weight_decay=settings.weight_decay,
         momentum=settings.momentum,
     )
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def _maybe_compile(loss: Loss, settings: FitSettings, device: torch.device, first: int) -> Loss:
