@@ -21,6 +21,7 @@ from llmcourse.labs import (
     find_lab,
     find_repository,
     list_labs,
+    load_benchmarks,
     load_results,
     refresh,
     select_labs,
@@ -426,6 +427,16 @@ def test_store_results_writes_only_for_the_repository(lab, monkeypatch, capsys):
     assert load_results(SLUG)["number"] == 0.5 and os.listdir(lab.results.parent) == [lab.results.name]
     with pytest.raises(ValueError, match="no lab 'nothing'"):
         store_results("nothing", {})
+
+
+def test_benchmarks_are_read_by_name_or_refused(tmp_path):
+    with pytest.raises(ValueError, match="make bench"):
+        load_benchmarks(tmp_path)
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    for name in ("b", "a"):
+        (folder / f"{name}.json").write_text(json.dumps({"name": name}), encoding="utf-8")
+    assert [one["name"] for one in load_benchmarks(tmp_path)] == ["a", "b"]
 
 
 GOOD = [solution_metadata("a-x"), check_metadata("a-x-check", 2)]

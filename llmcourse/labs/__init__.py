@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from llmcourse.labs.execution import LabError, execute
 from llmcourse.labs.repository import Lab, find_lab, find_repository, list_labs, select_labs
-from llmcourse.labs.results import load_results, store_results
+from llmcourse.labs.results import load_benchmarks, load_results, store_results
 from llmcourse.labs.source import SETUP, build
 from llmcourse.labs.staleness import refresh, stale
 
@@ -21,6 +21,7 @@ __all__ = [
     "find_lab",
     "find_repository",
     "list_labs",
+    "load_benchmarks",
     "load_results",
     "refresh",
     "select_labs",

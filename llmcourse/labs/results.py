@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llmcourse.labs.repository import REPOSITORY_VARIABLE, find_lab
+from llmcourse.labs.repository import REPOSITORY_VARIABLE, find_lab, require_repository
 
 
 def store_results(lab: str, results: Mapping[str, Any]) -> Path | None:
@@ -51,6 +51,19 @@ def load_results(lab: str, repository: Path | None = None) -> dict[str, Any]:
     if not found.results.is_file():
         raise ValueError(f"no results of lab {found.name}: run `make labs LABS={found.number}` first")
     return json.loads(found.results.read_text(encoding="utf-8"))
+
+
+def load_benchmarks(repository: Path | None = None) -> list[dict[str, Any]]:
+    """All stored benchmark results, by name; see `benchmarks/harness.py` for their fields.
+
+    Raises:
+        ValueError: none are stored, or there is no checkout around.
+    """
+    folder = require_repository(repository) / "benchmarks" / "results"
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    if not results:
+        raise ValueError(f"no results in {folder}: run `make bench` first")
+    return results
 
 
 def write_atomically(path: Path, text: str) -> None:
