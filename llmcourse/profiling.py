@@ -57,7 +57,11 @@ class MemoryTimeline:
         return int(self.bytes.max(initial=0))
 
     def sampled(self, points: int = 400) -> MemoryTimeline:
-        """At most `points` places: the highest of each stretch of equally many, so that no peak is lost."""
+        """At most `points` places: the highest of each stretch of equally many, so that no peak is lost.
+
+        Raises:
+            ValueError: `points` below 1.
+        """
         if points < 1:
             raise ValueError(f"points={points}: give at least 1")
         if len(self.seconds) <= points:
@@ -148,7 +152,7 @@ def group_of(name: str, parents: tuple[str, ...] = ()) -> str:
     lineage = (name, *parents)
     if any(part.startswith("Optimizer.") for part in lineage) or "_fused_adam" in name:
         return "optimizer"
-    if name in (STEP,) or name.startswith(("cuda", "cu", "ProfilerStep")):
+    if name == STEP or name.startswith(("cuda", "cu", "ProfilerStep")):
         return "outside operators"
     if any(fragment in part for part in lineage for fragment in FRAGMENTS["attention"]):
         return "attention"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from llmcourse.accounting.parameters import count_parameters
 from llmcourse.accounting.shapes import ModelShape, shape_of
 
 PHASES = ("training", "prefill", "decode")
@@ -159,8 +160,6 @@ def layer_costs(
 
 def _training_rows(shape: ModelShape, tokens: int) -> list[LayerCost]:
     """The loss (logits read and their gradient written in float32), and AdamW (7 float32 values a parameter)."""
-    from llmcourse.accounting.parameters import count_parameters
-
     logits, n = tokens * shape.vocab_size, count_parameters(shape)
     return [
         LayerCost(name="loss", flops=SOFTMAX_FLOPS * logits, bytes=2 * FULL * logits),

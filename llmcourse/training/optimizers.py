@@ -30,7 +30,10 @@ def adamw_step(
     eps: float = 1e-8,
     weight_decay: float = 0.1,
 ) -> None:
-    """One AdamW update in place, written out (Loshchilov and Hutter, 2019, algorithm 2); `step` counts from 1.
+    """One AdamW update in place, written out; `step` counts from 1.
+
+    Loshchilov and Hutter (2019, algorithm 2) but for one thing, as in torch: the decay is scaled by the whole learning
+    rate, in the paper only by the schedule.
 
     All tensors have one shape. The study version: training uses torch's fused kernel, a test shows them equal.
     """
