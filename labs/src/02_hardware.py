@@ -58,7 +58,7 @@ from llmcourse.training.optimizers import build_optimizers
 from llmcourse.training.pretraining import next_token_loss, preset
 
 SIZES = {
-    "cpu": {"batch": 8, "memory_batches": (4, 8, 16, 32), "rounds": 8, "matmul": (32, 64, 128, 256, 512, 1024)},
+    "cpu": {"batch": 8, "memory_batches": (4, 8, 16, 32), "rounds": 6, "matmul": (32, 64, 128, 256, 512, 1024)},
     "gpu": {"batch": 16, "memory_batches": (4, 8, 16), "rounds": 10, "matmul": (128, 256, 512, 1024, 2048, 4096, 8192)},
 }  # fmt: skip
 if PRESET not in SIZES:

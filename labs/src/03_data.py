@@ -485,7 +485,7 @@ check("data/masking", my_mask)
 # %% [markdown]
 # ## 3. Near duplicates and contamination
 #
-# **Why.** A tenth of the pages repeat another word for word, and another tenth after an edit. Comparing all pairs does not scale; signatures and bands do.
+# **Why.** A tenth of the pages repeat another word for word, and another tenth after one to three edits. Comparing all pairs does not scale; signatures and bands do.
 #
 # **Exercise 6.** The MinHash signature of one document: for each pair (a, b) the smallest value of $(ax + b) \bmod 2^{32}$ over the document's shingles x.
 
@@ -547,7 +547,7 @@ check("data/bands", my_choose_bands)
 #
 # </details>
 #
-# **Predict.** With 14 bands of 8 rows, at which similarity are half of the pairs found? Then the measurement: texts that were edited one to six times, their true similarity, and whether any band agrees.
+# **Predict.** With 14 bands of 8 rows, at which similarity are half of the pairs found? Then the measurement: texts after one to six rounds of such edits, their true similarity, and whether any band agrees.
 
 # %%
 edits = random.Random(SEED + 3)
@@ -873,7 +873,7 @@ plotting.show(
 )
 
 # %% [markdown]
-# **Read the result.** Equal tokens are not equal *useful* tokens: a part of the budget went into menus, German, and advertisements. In a longer run the model would learn those once and the difference would shrink, until the clean corpus has to be repeated and the comparison turns (section 5).
+# **Read the result.** Equal tokens are not equal *useful* tokens: a part of the budget went into menus, German, and advertisements. A longer run can afford to learn those as well, and the smaller, clean corpus is repeated sooner, which has its own price (section 5); so the difference should shrink. This lab does not measure it.
 
 # %% [markdown]
 # ## 5. Tokens, mixtures, streams
@@ -969,7 +969,7 @@ for name, values in rate.items():
 results["compression"] = {"vocabularies": vocabularies, "bytes_per_token": rate}
 
 # %% [markdown]
-# **Read the result.** On its own domain each tokenizer gains with every doubling, and less each time. On the other domain it needs far more tokens for the same text: a model pays for them in context length and in compute.
+# **Read the result.** On its own domain each tokenizer gains with its vocabulary, and less each time; the town's curve ends early, where no pair occurs twice. On the other domain it needs far more tokens for the same text: a model pays for them in context length and in compute.
 #
 # **Exercise 10.** Mixture weights by temperature: $p_i = n_i^{1/t} / \sum_j n_j^{1/t}$.
 
