@@ -972,10 +972,10 @@ claim(
 #
 # Two mistakes that published studies have made, on our own runs.
 #
-# **Count parameters without embeddings.** No run and no loss changes, only $N$ is another number. The runs of the first seed are enough to see it; with embeddings they alone give nearly the exponent of all seeds.
+# **Count parameters without embeddings.** No run and no loss changes, only $N$ is another number.
 
 # %%
-without = fit_isoflop(as_runs(first))
+without = fit_isoflop(as_runs(trained))
 print(f"N with embeddings:    N_opt ~ C^{isoflop.size_law.exponent:.2f}")
 print(f"N without embeddings: N_opt ~ C^{without.size_law.exponent:.2f}")
 
@@ -1004,7 +1004,7 @@ results["broken"] = {
 }
 
 # %% [markdown]
-# **Diagnosis.** Leaving out embeddings changes no run and no loss. But the blocks' parameters grow with the square of the width and the embeddings only with the width itself, so the same bottoms are at numbers that grow faster, and the exponent rises far above its interval. This is the direction, and much of the size, of the difference between Kaplan's exponent and Hoffmann's.
+# **Diagnosis.** Leaving out embeddings changes no run and no loss. But the blocks' parameters grow with the square of the width and the embeddings only with the width itself, so the same bottoms are at numbers that grow faster, and the exponent rises above its interval. This is the direction, and much of the size, of the difference between Kaplan's exponent and Hoffmann's.
 #
 # A cosine in its middle still has a high rate. The losses there are too high by a tenth to almost half a nat, and not equally so: most for the narrow models, which then look worse than they are at small budgets. The envelope of approach 1 is made of such readings, which explains its exponent. Every point of a scaling study should come from a schedule that ended, or from a short decay branched off at that point.
 
