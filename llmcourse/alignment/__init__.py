@@ -1,0 +1,1 @@
+"""Alignment: log-probabilities of responses, the losses made of them, and the stages that train on preferences and rewards."""
