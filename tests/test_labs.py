@@ -429,6 +429,19 @@ def test_store_results_writes_only_for_the_repository(lab, monkeypatch, capsys):
         store_results("nothing", {})
 
 
+def test_cleaning_a_large_figure_takes_no_time():
+    from nbformat.v4 import new_code_cell, new_notebook, new_output
+
+    picture = "x" * 2_000_000  # a figure as a data address: one word
+    text = f"<img src={picture}> at /tmp/ipykernel_12/345.py"
+    cell = new_code_cell(
+        "1", outputs=[new_output("display_data", {"text/html": picture}), new_output("stream", text=text)]
+    )
+    clean(new_notebook(cells=[cell]), {})
+    assert cell.outputs[0].data["text/html"] == picture
+    assert cell.outputs[1].text == f"<img src={picture}> at cell.py"
+
+
 def test_benchmarks_are_read_by_name_or_refused(tmp_path):
     with pytest.raises(ValueError, match="make bench"):
         load_benchmarks(tmp_path)

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from nbformat import NotebookNode
 
 PROGRESS = re.compile(r"^.*\d+%\|.*\|.*\[.*\]\s*$|^\s*\d+it \[.*\]\s*$")
-CELL_FILE = re.compile(r"[^\s\"'(]*ipykernel_\d+/\d+\.py")
+# Tried at the beginnings of words only: a figure is one word of some 100 kB, and trying everywhere is quadratic.
+CELL_FILE = re.compile(r"(?<![^\s\"'(])[^\s\"'(]*ipykernel_\d+/\d+\.py")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
