@@ -1127,7 +1127,7 @@ first, later = [], []
 for _ in range(8):
     fresh = torch.empty(2**24, device=device)
     for kept in (first, later):
-        kept.append(fresh.nbytes / seconds_of(lambda: fresh.fill_(1.0)))
+        kept.append(fresh.nbytes / seconds_of(lambda: fresh.fill_(1.0)))  # noqa: B023
 first, later = max(first), max(later)  # the best of many, as for the bandwidth: disturbances only slow down
 print(
     f"triad over large arrays {honest / 1e9:.1f} GB/s, over {small / 1024:,.0f} KiB arrays {cached / 1e9:.1f} GB/s"
