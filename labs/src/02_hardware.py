@@ -229,7 +229,7 @@ results["base"] = {
 }
 
 # %% [markdown]
-# **Read the result.** A negative error means that $6ND$ is too small. Attention's own products grow with the context and are not in $N$; they are small only while $T \ll 6d$. In the other direction, an untied embedding counts in $N$ and costs nothing (Llama-3.1-8B at short contexts). For the small model of this course neither is negligible, which is why the course counts exactly.
+# **Read the result.** A negative error means that $6ND$ is too small. Attention's own products grow with the context and are not in $N$; under the causal mask, as here, they are small only while $T \ll 12d$ ($6d$ if all $T^2$ pairs are counted). In the other direction, an untied embedding counts in $N$ and costs nothing (Llama-3.1-8B at short contexts). For the small model of this course neither is negligible, which is why the course counts exactly.
 
 # %% [markdown]
 # ## 2. The roofline of this machine
@@ -376,7 +376,7 @@ for row in measured:
 results["products"] = measured
 
 # %% [markdown]
-# **Read the result.** Decoding lies at about one FLOP per byte: each weight is read for a single multiplication and addition. No faster arithmetic helps it; a larger batch does, because it moves every weight's point to the right. Training lies around the ridge, and what is left of it (norms, loss, optimizer) costs time without doing counted arithmetic. The measured products lie below the roof, those of attention farthest: with inner lengths of 32 they are too small to fill the machine, which the roofline does not know. On many cores or a GPU that gap is far wider. The model has two ceilings, a real machine has more.
+# **Read the result.** Decoding lies at about one FLOP per byte: each weight is read for a single multiplication and addition. No faster arithmetic helps it; a larger batch does, because it moves every weight's point to the right. Training's products lie beyond the ridge; what is left of a step (norms, loss, optimizer) lies far before it and costs time without doing counted arithmetic. The measured products lie below the roof, those of attention farthest: with one side of only 32 they are too small to fill the machine, which the roofline does not know. On many cores or a GPU that gap is far wider. The model has two ceilings, a real machine has more.
 
 # %% [markdown]
 # ## 3. Memory
