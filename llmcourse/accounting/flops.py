@@ -105,7 +105,8 @@ def six_nd_error(config: Any, context: int | None = None, *, embeddings: bool = 
     """How far 6 N D is off the exact count, as a fraction of it: -0.2 means a fifth too little.
 
     It is off where attention's products are not small beside the weights' (T not small beside 12 D under the causal
-    mask), or where the embedding is not small beside the blocks and counted wrongly (untied: its look-up costs nothing but counts 6 V D).
+    mask), or where the embedding is not small beside the blocks and counted wrongly (untied: its look-up costs nothing
+    but counts 6 V D).
     """
     return six_nd(config, 1, embeddings=embeddings) / training_flops_per_token(config, context) - 1
 
