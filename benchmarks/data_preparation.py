@@ -4,8 +4,8 @@ Part of `make bench` with corpora of 10 and 100 MB. The larger measurement, up t
 
     python -m benchmarks.data_preparation --megabytes 100 1000
 
-Generated documents have some 2 kB of words drawn by frequency from Tinytown's vocabulary, a twentieth of them an exact and
-another twentieth a near copy of an earlier one. Each size runs in a process of its own. Memory is what the process
+Generated documents have some 2 kB of words drawn by frequency from Tinytown's vocabulary, a twentieth of them an exact
+and another twentieth a near copy of an earlier one. Each size runs in a process of its own. Memory is what the process
 itself occupies (resident, without pages of files, which the system may take back), sampled during the run.
 """
 

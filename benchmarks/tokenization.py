@@ -1,8 +1,9 @@
 """Tokenizing a corpus against the library alone: same documents, same vocabulary, the same ids.
 
-Ours, `tokenize`, goes from texts to one array with an end-of-text token after each document, through `encode_batch_fast`
-in chunks. The library's way is one `Tokenizer.encode_batch` over all documents and its ids as lists; `transformers` is
-the call of a fast tokenizer. All start from a list of texts, in one process, with the threads that the library chooses.
+Ours, `tokenize`, goes from texts to one array with an end-of-text token after each document, through
+`encode_batch_fast` in chunks. The library's way is one `Tokenizer.encode_batch` over all documents and its ids as
+lists; `transformers` is the call of a fast tokenizer. All start from a list of texts, in one process, with the threads
+that the library chooses.
 """
 
 from __future__ import annotations

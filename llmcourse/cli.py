@@ -161,7 +161,8 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
         if isinstance(value, dict):
             for inner, estimate in value.items():
                 print(
-                    f"{inner:28} {estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}] n={estimate['n']}"
+                    f"{inner:28} {estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}] "
+                    f"n={estimate['n']}"
                 )
         else:
             print(f"{name:28} {value:.6g}" if isinstance(value, float) else f"{name:28} {value}")

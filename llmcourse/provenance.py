@@ -115,14 +115,14 @@ def code_modules(*code: Code, ignore: Collection[str] = ()) -> list[str]:
     Raises:
         ValueError: a module cannot be found or is not Python source.
     """
-    todo, found = [module_name(item) for item in code], set()
-    packages = {name.split(".")[0] for name in todo}
-    while todo:
-        name = todo.pop()
+    waiting, found = [module_name(item) for item in code], set()
+    packages = {name.split(".")[0] for name in waiting}
+    while waiting:
+        name = waiting.pop()
         if name in found or any(name == other or name.startswith(f"{other}.") for other in ignore):
             continue
         found.add(name)
-        todo += [other for other in _direct_imports(name) if other.split(".")[0] in packages]
+        waiting += [other for other in _direct_imports(name) if other.split(".")[0] in packages]
     return sorted(found)
 
 

@@ -1,4 +1,5 @@
-"""The machine's roofline, measured: memory bandwidth, matrix-product rate by dtype and size, and what follows from them.
+"""The machine's roofline, measured: memory bandwidth, matrix-product rate by dtype and size, and what follows from
+them.
 
 The model (Williams, Waterman and Patterson, 2009): a kernel of `flops` operations that moves `bytes` takes at least
 max(flops / peak, bytes / bandwidth) seconds, so its rate is at most min(peak, intensity x bandwidth).
@@ -106,8 +107,8 @@ def measure_bandwidth(
 ) -> dict[str, float]:
     """Bytes per second of a copy (read and write) and of a triad a = b + s c (two reads and a write), the best of many.
 
-    `n_bytes` is the size of one array: by default 256 MB (1 GB on CUDA), beyond any cache. Smaller arrays measure a cache.
-    Computed as STREAM does (McCalpin, 1995): traffic that a write-allocate cache adds is not counted.
+    `n_bytes` is the size of one array: by default 256 MB (1 GB on CUDA), beyond any cache. Smaller arrays measure a
+    cache. Computed as STREAM does (McCalpin, 1995): traffic that a write-allocate cache adds is not counted.
 
     Raises:
         ValueError: arrays of less than 4 KiB.
@@ -163,8 +164,8 @@ def product_seconds(
 ) -> dict[str, float]:
     """Measured seconds of one call of a product: forward, and the backward pass's two.
 
-    For Y = X W^T with W (n, k): dX = dY W and dW = dY^T X. For two activations, Y = A B: dA = dY B^T and dB = A^T dY. The
-    operands take turns, so that a call does not find them in the cache where the call before left them.
+    For Y = X W^T with W (n, k): dX = dY W and dW = dY^T X. For two activations, Y = A B: dA = dY B^T and dB = A^T dY.
+    The operands take turns, so that a call does not find them in the cache where the call before left them.
 
     Returns:
         forward, input_gradient, weight_gradient -> median seconds.

@@ -92,8 +92,8 @@ def saved_activations(
 def loss_work_bytes(config: Any, batch: int, context: int | None = None, *, compiled: bool = False) -> int:
     """Bytes beside the saved ones at the peak, where the backward pass begins, of eager cross-entropy.
 
-    The gradients of the log-probabilities and of the logits are alive together, two float32 tensors (B, T, V). A compiled
-    loss makes neither.
+    The gradients of the log-probabilities and of the logits are alive together, two float32 tensors (B, T, V). A
+    compiled loss makes neither.
     """
     shape = shape_of(config)
     return 0 if compiled else 2 * FULL * batch * (context or shape.context_length) * shape.vocab_size
@@ -102,8 +102,8 @@ def loss_work_bytes(config: Any, batch: int, context: int | None = None, *, comp
 def evaluation_bytes(config: Any, batch: int, context: int | None = None) -> int:
     """Peak bytes of an eager float32 forward pass and loss without gradients, `evaluation.perplexity.token_loss`.
 
-    The larger of two moments: logits and log-probabilities (B, T, V) together at the end, or, in the last query block of
-    an attention layer, scores, biased scores and weights (B, H, n, T) beside the layer's own tensors.
+    The larger of two moments: logits and log-probabilities (B, T, V) together at the end, or, in the last query block
+    of an attention layer, scores, biased scores and weights (B, H, n, T) beside the layer's own tensors.
     """
     shape = _our_family(config)
     T = context or shape.context_length

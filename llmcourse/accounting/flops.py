@@ -75,8 +75,8 @@ def training_flops(
     """FLOPs of forward and backward pass over one sequence.
 
     The backward pass has two products for each one of the forward pass, one for the input's gradient and one for the
-    weight's, so the whole is three times the forward pass. Full activation checkpointing runs the blocks' forward pass a
-    second time: the sum is then nearly four times the forward pass (Korthikanti et al., 2022, section 5).
+    weight's, so the whole is three times the forward pass. Full activation checkpointing runs the blocks' forward pass
+    a second time: the sum is then nearly four times the forward pass (Korthikanti et al., 2022, section 5).
     """
     shape = shape_of(config)
     T = _length(shape, n_tokens)
@@ -114,7 +114,8 @@ def six_nd_error(config: Any, context: int | None = None, *, embeddings: bool = 
 def model_flops_utilization(
     config: Any, tokens_per_second: float, peak_flops: float, context: int | None = None
 ) -> float:
-    """MFU: the FLOP/s that the model's arithmetic needs over the device's peak FLOP/s (Chowdhery et al., 2022, app. B)."""
+    """MFU: the FLOP/s that the model's arithmetic needs over the device's peak FLOP/s (Chowdhery et al., 2022, app.
+    B)."""
     return tokens_per_second * training_flops_per_token(config, context) / peak_flops
 
 

@@ -1,7 +1,7 @@
 """FLOPs and bytes of each kind of layer: what puts it on the roofline; and the matrix products it consists of.
 
-Symbols: B batch, T time, D d_model, H query heads, K key/value heads, C d_head, F d_ff, V vocab_size. A product (m, k) x
-(k, n) has 2 m k n FLOPs and moves, when each operand crosses the memory bus once, m k + k n + m n values.
+Symbols: B batch, T time, D d_model, H query heads, K key/value heads, C d_head, F d_ff, V vocab_size. A product (m, k)
+x (k, n) has 2 m k n FLOPs and moves, when each operand crosses the memory bus once, m k + k n + m n values.
 """
 
 from __future__ import annotations
@@ -189,7 +189,8 @@ def _attention(shape: ModelShape, batch: int, T: int, context: int, fused: bool)
 
 
 def _feed_forward(shape: ModelShape, tokens: int) -> tuple[float, float]:
-    """Dense layers and mixtures. A mixture reads the experts that uniform routing of all tokens is expected to touch."""
+    """Dense layers and mixtures. A mixture reads the experts that uniform routing of all tokens is expected to
+    touch."""
     D, matrices = shape.d_model, shape.mlp_matrices
     dense_flops, dense_values = _mlp(tokens, D, shape.d_ff, matrices)
     flops, values = shape.n_dense_layers * dense_flops, float(shape.n_dense_layers * dense_values)
@@ -219,7 +220,8 @@ def _check_sizes(batch: int, context: int) -> None:
 def newton_schulz_products(config: Any, iterations: int = 5) -> list[Product]:
     """The products of one Muon step of this course's dense model: three for each iteration and group of equal matrices.
 
-    X X^T, its square, and their combination times X, with X (r, c) the matrix lying on its long side (Jordan et al., 2024).
+    X X^T, its square, and their combination times X, with X (r, c) the matrix lying on its long side (Jordan et al.,
+    2024).
     """
     products = []
     for r, c, number in _muon_groups(shape_of(config)):
@@ -243,7 +245,8 @@ def _muon_groups(shape: ModelShape) -> list[tuple[int, int, int]]:
 def newton_schulz_bytes(config: Any, iterations: int = 5, *, bytes_per_value: int = 2) -> int:
     """Bytes of the sums and multiples between the products of `newton_schulz_products`, each operand once.
 
-    An iteration a X + (b G + c G G) X has 5 passes over X (a X: 2, the sum: 3) and 7 over G (b G: 2, c G: 2, their sum: 3).
+    An iteration a X + (b G + c G G) X has 5 passes over X (a X: 2, the sum: 3) and 7 over G (b G: 2, c G: 2, their sum:
+    3).
     """
     groups = _muon_groups(shape_of(config))
     values = sum(number * (5 * r * c + 7 * r * r) for r, c, number in groups)
@@ -258,8 +261,8 @@ def element_wise_bytes(
     Fusion makes one kernel of everything between two matrix products; a kernel reads its inputs and writes its outputs
     once. `w` values are in the products' precision, the residual stream and its gradient in float32. Forward plus
     backward: norms 5 passes in each precision, softmax's gradient 3 passes over the weights, the activation 4 over the
-    hidden width, rotation and head layout 8 over the heads. "exponentials" are one read and one write for each exponential:
-    one a weight, two a hidden value, two a logit; on a CPU they are bound by arithmetic, not by memory.
+    hidden width, rotation and head layout 8 over the heads. "exponentials" are one read and one write for each
+    exponential: one a weight, two a hidden value, two a logit; on a CPU they are bound by arithmetic, not by memory.
     """
     shape = shape_of(config)
     T = shape.context_length if context is None else context

@@ -101,7 +101,8 @@ def peak_memory(
 
     Activations are largest when the backward pass begins, before it has made gradients; gradients are largest when it
     ends, when the activations are gone: so the larger of the two moments counts, not their sum. With gradient
-    accumulation the earlier micro-batches' gradients are there at the first moment too. An evaluation is a third moment.
+    accumulation the earlier micro-batches' gradients are there at the first moment too. An evaluation is a third
+    moment.
 
     Args:
         config: a `ModelConfig` or shape of our family.
@@ -149,8 +150,8 @@ def peak_memory(
 def update_bytes(config: Any, optimizer: str) -> int:
     """Temporary bytes of an optimizer step: nothing for fused AdamW, stacks of the largest group of matrices for Muon.
 
-    Muon holds, for all matrices of one shape, the float32 directions twice (single and stacked) and about three bfloat16
-    or float32 copies inside Newton-Schulz: 16 bytes a value.
+    Muon holds, for all matrices of one shape, the float32 directions twice (single and stacked) and about three
+    bfloat16 or float32 copies inside Newton-Schulz: 16 bytes a value.
     """
     if optimizer != "muon":
         return 0

@@ -16,8 +16,8 @@ from typing import Any
 class ModelShape:
     """Sizes of a dense or mixture-of-experts decoder; enough for parameters, FLOPs and bytes.
 
-    The defaults are those of a Llama: gated feed-forward, RMSNorm, no biases, rotary positions, one expert. Attention is
-    over the whole context; a sliding window would only make the products and the cache smaller than counted here.
+    The defaults are those of a Llama: gated feed-forward, RMSNorm, no biases, rotary positions, one expert. Attention
+    is over the whole context; a sliding window would only make the products and the cache smaller than counted here.
 
     Raises:
         ValueError: a size is not positive, `n_heads` is not a multiple of `n_kv_heads`, or the expert sizes disagree.

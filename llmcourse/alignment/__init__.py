@@ -1,1 +1,2 @@
-"""Alignment: log-probabilities of responses, the losses made of them, and the stages that train on preferences and rewards."""
+"""Alignment: log-probabilities of responses, the losses made of them, and the stages that train on preferences and
+rewards."""

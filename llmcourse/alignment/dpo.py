@@ -69,7 +69,8 @@ class DPOSettings:
     chunk_size: int | None = None
     """positions that go through the output head at a time, see `response_log_probs`; `None`: all together"""
     share_prompt: bool = False
-    """send each prompt through the model once for both responses, see `shared_prompt.py`; the same numbers, fewer positions"""
+    """send each prompt through the model once for both responses, see `shared_prompt.py`; the same numbers, fewer
+    positions"""
     fit: FitSettings = field(
         default_factory=lambda: FitSettings(steps=100, lr=3e-4, weight_decay=0.0, compile="off")
     )
@@ -107,7 +108,8 @@ class DPOSettings:
         rejected_lengths: Tensor,
         reference_point: Tensor,
     ) -> Tensor:
-        """The loss of each pair, (B,), from summed log-probabilities and lengths (B,); for kto, the sum of its two halves.
+        """The loss of each pair, (B,), from summed log-probabilities and lengths (B,); for kto, the sum of its two
+        halves.
 
         What the loss does not use is ignored.
         """
@@ -193,8 +195,8 @@ def preference_loss(settings: DPOSettings) -> Loss:
     """The loss for `fit`: (model, batch) -> summed loss, number of pairs (of responses for kto), metrics.
 
     Chosen and rejected responses go through the model in one forward pass. Metrics: those of `preference_metrics`,
-    chosen_log_prob and rejected_log_prob (mean over responses of summed ln pi), and for kto reference_point. The rewards are
-    beta times the log-ratio to the reference; without one, beta times the mean log-probability per token.
+    chosen_log_prob and rejected_log_prob (mean over responses of summed ln pi), and for kto reference_point. The
+    rewards are beta times the log-ratio to the reference; without one, beta times the mean log-probability per token.
     """
 
     def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int, dict[str, Any]]:
@@ -298,7 +300,8 @@ def _with_reference(
 
 
 def preference_evaluation(batches: EpochBatches, settings: DPOSettings) -> Evaluate:
-    """An `evaluate` for `fit` over all pairs of `batches`: validation_loss, and the loss's metrics as validation_<name>.
+    """An `evaluate` for `fit` over all pairs of `batches`: validation_loss, and the loss's metrics as
+    validation_<name>.
 
     batches are of held-out pairs, made by `with_reference`; they run in order of length, `batch_size` at a time.
     """

@@ -1,8 +1,9 @@
 """Over-optimization: what the true reward does while a policy moves away from its reference.
 
-A policy trained on preferences maximizes what the preferences say, and beyond some distance from the reference that is no longer
-what is wanted: the implicit reward goes on rising while the true reward falls (Gao et al., 2023; for DPO, Rafailov et al.,
-2024). Where the true reward is known, both axes of that curve can be measured: `policy_probe` does so during training.
+A policy trained on preferences maximizes what the preferences say, and beyond some distance from the reference that is
+no longer what is wanted: the implicit reward goes on rising while the true reward falls (Gao et al., 2023; for DPO,
+Rafailov et al., 2024). Where the true reward is known, both axes of that curve can be measured: `policy_probe` does so
+during training.
 
 Shapes: B rows, T positions, V vocab_size.
 """
@@ -29,8 +30,8 @@ def exact_token_kl(policy: Transformer, reference: Transformer, tokens: Tensor, 
     """KL(policy || reference) of the next token in nats, (B, T) float32, 0 where the target is -100.
 
     tokens and targets (B, T) int64. Summed over the positions of a response sampled from the policy it estimates the KL
-    divergence of whole responses without bias, and with less noise than the sampled ln pi - ln pi_ref, because it averages
-    over all V next tokens instead of taking the one that was drawn.
+    divergence of whole responses without bias, and with less noise than the sampled ln pi - ln pi_ref, because it
+    averages over all V next tokens instead of taking the one that was drawn.
     """
     mask = targets != IGNORE  # (B, T)
     log_p = policy.head(policy.hidden_states(tokens)[mask]).float().log_softmax(dim=-1)  # (M, V)
@@ -111,9 +112,9 @@ def policy_probe(
 ) -> Evaluate:
     """An `evaluate` for `fit`: one point of the over-optimization curve, from one response to each prompt.
 
-    Gives kl and true_reward, their standard errors kl_error and true_reward_error (over prompts), and response_length in
-    tokens. The reference must be another object than the model in training: a copy of it from before. Arguments as in
-    `sampled_kl_and_reward`; the same seed every time, so that neighboring points share their random numbers.
+    Gives kl and true_reward, their standard errors kl_error and true_reward_error (over prompts), and response_length
+    in tokens. The reference must be another object than the model in training: a copy of it from before. Arguments as
+    in `sampled_kl_and_reward`; the same seed every time, so that neighboring points share their random numbers.
     """
 
     def evaluate(model: nn.Module) -> dict[str, float]:

@@ -40,7 +40,8 @@ class Objective:
     clip_high: float = 0.2
     """the ratio earns nothing more above 1 + clip_high"""
     average: str = "sequence"
-    """sequence: mean over a response's tokens, then over responses; token: over all tokens; constant: sum / max_length"""
+    """sequence: mean over a response's tokens, then over responses; token: over all tokens; constant: sum /
+    max_length"""
     max_length: int = 1
     """tokens that `average="constant"` divides each response by, whatever its own length"""
     kl_weight: float = 0.0
@@ -66,7 +67,8 @@ class Objective:
 
 
 def grpo(*, clip: float = 0.2, kl_weight: float = 0.04) -> Objective:
-    """Group relative policy optimization (Shao et al., 2024, eq. 3): symmetric clip, mean by sequence, KL in the loss."""
+    """Group relative policy optimization (Shao et al., 2024, eq. 3): symmetric clip, mean by sequence, KL in the
+    loss."""
     return Objective(clip_low=clip, clip_high=clip, kl_weight=kl_weight)
 
 
@@ -76,7 +78,8 @@ def dapo(*, clip_low: float = 0.2, clip_high: float = 0.28) -> Objective:
 
 
 def dr_grpo(*, max_length: int, clip: float = 0.2) -> Objective:
-    """Dr. GRPO (Liu et al., 2025, section 3.2): GRPO without the two divisions that bias it, by length and by spread."""
+    """Dr. GRPO (Liu et al., 2025, section 3.2): GRPO without the two divisions that bias it, by length and by
+    spread."""
     return Objective(scale="none", clip_low=clip, clip_high=clip, average="constant", max_length=max_length)
 
 

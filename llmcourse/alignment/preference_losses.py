@@ -1,8 +1,8 @@
 """The DPO family as pure losses on log-probabilities, each written as its difference from DPO.
 
 DPO's derivation (Rafailov et al., 2023, section 4) turns the reward of a response into its log-ratio
-r = beta (ln pi(y|x) - ln pi_ref(y|x)), up to a term of the prompt that cancels between two responses of one prompt. What is
-left is a classifier of pairs with the logit beta h, where h is the difference of the two log-ratios.
+r = beta (ln pi(y|x) - ln pi_ref(y|x)), up to a term of the prompt that cancels between two responses of one prompt.
+What is left is a classifier of pairs with the logit beta h, where h is the difference of the two log-ratios.
 
 | loss  | what differs from DPO |
 |-------|-----------------------|
@@ -12,8 +12,8 @@ left is a classifier of pairs with the logit beta h, where h is the difference o
 | SimPO | no reference: mean ln pi per token takes the log-ratio's place, and the margin must exceed gamma |
 | ORPO  | no reference: log-odds take the log-ratio's place, and the chosen response is also learned by SFT |
 
-All take and return tensors (B,) in nats; `log_probs` are ln pi(y|x) summed over the tokens of a response, `mean_log_probs`
-that sum divided by their number.
+All take and return tensors (B,) in nats; `log_probs` are ln pi(y|x) summed over the tokens of a response,
+`mean_log_probs` that sum divided by their number.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def ipo_loss(
     """(h - 1 / (2 beta))^2, (B,): Azar et al., 2023, eq. 17, whose tau is beta here.
 
     DPO's loss falls for ever as h grows; this one has its minimum at h = 1 / (2 beta), however often the pair is seen.
-    The equation has h of whole responses. Given mean log-probabilities in place of the sums, h is a difference per token:
-    that is TRL's form, which does not let long responses dominate (`DPOSettings.length_normalized` chooses).
+    The equation has h of whole responses. Given mean log-probabilities in place of the sums, h is a difference per
+    token: that is TRL's form, which does not let long responses dominate (`DPOSettings.length_normalized` chooses).
 
     Raises:
         ValueError: beta is not above 0.
@@ -98,8 +98,8 @@ def ipo_loss(
 def kto_reference_point(mismatched_log_probs: Tensor, mismatched_ref_log_probs: Tensor) -> Tensor:
     """KTO's estimate of KL(pi || pi_ref), a scalar without gradient: max(0, mean of ln pi(y'|x) - ln pi_ref(y'|x)).
 
-    The responses y' are those of other prompts of the batch (Ethayarajh et al., 2024, section 4): cheaper than sampling from
-    pi, and biased, since they do not come from it. Both tensors (B,).
+    The responses y' are those of other prompts of the batch (Ethayarajh et al., 2024, section 4): cheaper than sampling
+    from pi, and biased, since they do not come from it. Both tensors (B,).
     """
     return (mismatched_log_probs - mismatched_ref_log_probs).detach().mean().clamp(min=0)
 
@@ -117,8 +117,8 @@ def kto_loss(
     """w (1 - sigmoid(+-beta (ln pi - ln pi_ref - z))), (B,): + for desirable, - for undesirable responses.
 
     Where DPO compares a response with its rival, KTO compares it with the reference point z; and it minimizes
-    1 - sigmoid instead of -ln sigmoid, whose gradient vanishes on both sides, so that a hopeless example, perhaps mislabelled,
-    is given up (Ethayarajh et al., 2024, eq. 7 of the first version).
+    1 - sigmoid instead of -ln sigmoid, whose gradient vanishes on both sides, so that a hopeless example, perhaps
+    mislabelled, is given up (Ethayarajh et al., 2024, eq. 7 of the first version).
 
     Args:
         log_probs: ln pi of single responses, (B,).
@@ -150,8 +150,8 @@ def simpo_loss(
 ) -> Tensor:
     """-ln sigmoid(beta (chosen mean - rejected mean) - gamma), (B,): Meng et al., 2024, eq. 6.
 
-    DPO with a uniform reference, log-probabilities per token instead of per response, and a margin gamma that the chosen
-    response must win by. At gamma = 0 it is `dpo_loss` of the means with reference log-probabilities of 0.
+    DPO with a uniform reference, log-probabilities per token instead of per response, and a margin gamma that the
+    chosen response must win by. At gamma = 0 it is `dpo_loss` of the means with reference log-probabilities of 0.
 
     Raises:
         ValueError: beta is not above 0, or gamma is negative.
@@ -176,7 +176,8 @@ def odds_ratio_loss(chosen_mean_log_probs: Tensor, rejected_mean_log_probs: Tens
 
 
 def orpo_loss(chosen_mean_log_probs: Tensor, rejected_mean_log_probs: Tensor, *, beta: float = 0.1) -> Tensor:
-    """SFT on the chosen response plus beta times the odds-ratio loss, (B,): Hong et al., 2024, eq. 6, whose lambda is beta.
+    """SFT on the chosen response plus beta times the odds-ratio loss, (B,): Hong et al., 2024, eq. 6, whose lambda is
+    beta.
 
     The odds-ratio term is `dpo_loss` with log-odds for log-ratios and beta 1. It does not hold the policy near a
     reference; the SFT term, -mean ln pi of the chosen response, takes that place, so that no SFT stage comes before.
@@ -191,8 +192,8 @@ def orpo_loss(chosen_mean_log_probs: Tensor, rejected_mean_log_probs: Tensor, *,
 def preference_metrics(chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, Tensor]:
     """Means over pairs, as scalars without gradient: chosen_reward, rejected_reward, margin, accuracy.
 
-    The rewards (B,) are implicit, such as beta (ln pi - ln pi_ref). accuracy is the share of pairs whose chosen response has
-    the larger one; a tie, as at the first step of DPO, counts one half (in TRL nothing).
+    The rewards (B,) are implicit, such as beta (ln pi - ln pi_ref). accuracy is the share of pairs whose chosen
+    response has the larger one; a tie, as at the first step of DPO, counts one half (in TRL nothing).
     """
     margin = (chosen_rewards - rejected_rewards).detach()
     return {

@@ -1,7 +1,8 @@
-"""The reference model of preference learning, needed once: its log-probabilities are computed before training and stored.
+"""The reference model of preference learning, needed once: its log-probabilities are computed before training and
+stored.
 
-The reference does not change, so neither do the log-probabilities of the data under it. After one pass over the pairs they are
-two numbers a pair, the second model leaves memory, and every training step saves its forward pass.
+The reference does not change, so neither do the log-probabilities of the data under it. After one pass over the pairs
+they are two numbers a pair, the second model leaves memory, and every training step saves its forward pass.
 
 Shapes: N pairs in all, B pairs of a batch, T positions.
 """
@@ -57,7 +58,8 @@ def reference_log_probs(
     precision: str = "auto",
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """Log-probabilities of all responses under a model, summed over tokens: "{name}_ref_log_probs", (N,) float32 on the CPU.
+    """Log-probabilities of all responses under a model, summed over tokens: "{name}_ref_log_probs", (N,) float32 on the
+    CPU.
 
     Pairs of like length run together, whatever the order of the batches.
 
@@ -136,7 +138,8 @@ def mismatched_rows(
 class MismatchedBatches(EpochBatches):
     """Batches of pairs with a third row, "mismatched": the pair's prompt with a response of the next pair of the data.
 
-    The response is the next pair's chosen one in even pairs and its rejected one in odd pairs, so that both kinds are seen.
+    The response is the next pair's chosen one in even pairs and its rejected one in odd pairs, so that both kinds are
+    seen.
     """
 
     def __init__(self, source: EpochBatches, *, limit: int | None = None) -> None:

@@ -69,7 +69,8 @@ def well_formed(text: str, task: Sum) -> float:
 
 
 def constraint_parts(text: str, constraint: Constraint) -> dict[str, bool]:
-    """Which demands of a constraint a text meets: "complete" (whole sentences) and those fields that ask for something."""
+    """Which demands of a constraint a text meets: "complete" (whole sentences) and those fields that ask for
+    something."""
     asked = {
         "sentences": constraint.sentences is not None,
         "required": bool(constraint.required),

@@ -1,7 +1,7 @@
 """A pair in one row: the prompt goes through the model once, both answers attend to it and not to each other.
 
-Two rows a pair read the prompt twice. With a prompt of P tokens and answers of C and R, one row has P + C + R positions in
-place of 2 P + C + R, and gives the same log-probabilities and gradients.
+Two rows a pair read the prompt twice. With a prompt of P tokens and answers of C and R, one row has P + C + R positions
+in place of 2 P + C + R, and gives the same log-probabilities and gradients.
 
 Shapes: B pairs, T slots of a row.
 """

@@ -194,8 +194,8 @@ WORD_SCORES = Exercise(
         Mutant(
             "sets",
             _word_scores_with(count=lambda text: Counter(set(text.split()))),
-            "You seem to compare sets of words. A word that occurs five times and is extracted once has a recall of 1/5: "
-            "count occurrences.",
+            "You seem to compare sets of words. A word that occurs five times and is extracted once has a recall of "
+            "1/5: count occurrences.",
         ),
         Mutant(
             "swapped",
@@ -205,12 +205,14 @@ WORD_SCORES = Exercise(
         Mutant(
             "arithmetic mean",
             _word_scores_with(mean=lambda p, r: (p + r) / 2),
-            "Your F1 is the arithmetic mean. The harmonic mean 2PR/(P+R) is asked for; it is near 0 when either one is.",
+            "Your F1 is the arithmetic mean. The harmonic mean 2PR/(P+R) is asked for; it is near 0 when either one "
+            "is.",
         ),
         Mutant(
             "positions",
             _positions,
-            "You seem to compare word by word at equal positions: one menu word at the start would make everything wrong.",
+            "You seem to compare word by word at equal positions: one menu word at the start would make everything "
+            "wrong.",
         ),
     ],
     hints=("`Counter(a) & Counter(b)` keeps the smaller count of each word; `.total()` adds the counts up.",),
@@ -294,8 +296,8 @@ BPE_STEP = Exercise(
         Mutant(
             "tie to the first seen",
             _merge_with(key=lambda pairs, pair: -pairs[pair]),
-            "In a tie you seem to take the pair that was seen first: the same corpus in another order would give another "
-            "tokenizer. Take the smallest pair.",
+            "In a tie you seem to take the pair that was seen first: the same corpus in another order would give "
+            "another tokenizer. Take the smallest pair.",
         ),
         Mutant(
             "least frequent",
@@ -321,7 +323,8 @@ BPE_STEP = Exercise(
 
 
 def calibration_error(probabilities: np.ndarray, labels: np.ndarray, n_bins: int = 10) -> float:
-    """Expected calibration error over bins of equal width, by the package's `reliability`: (M,), (M,) bool -> number."""
+    """Expected calibration error over bins of equal width, by the package's `reliability`: (M,), (M,) bool ->
+    number."""
     return reliability(probabilities, labels, n_bins).error
 
 
@@ -372,8 +375,8 @@ CALIBRATION = Exercise(
         Mutant(
             "bins count alike",
             _calibration_with(weight="bin"),
-            "You seem to average over bins. A bin of three pages must count less than one of three hundred: weight each "
-            "bin by its number of pages.",
+            "You seem to average over bins. A bin of three pages must count less than one of three hundred: weight "
+            "each bin by its number of pages.",
         ),
         Mutant(
             "bin centers",
@@ -519,8 +522,8 @@ SIGNATURE = Exercise(
         Mutant(
             "over permutations",
             _signature_with(axis=1),
-            "You seem to take the minimum over permutations: one number for each shingle. It is taken over shingles: one "
-            "number for each permutation.",
+            "You seem to take the minimum over permutations: one number for each shingle. It is taken over shingles: "
+            "one number for each permutation.",
         ),
         Mutant(
             "no modulus",
@@ -600,8 +603,8 @@ BANDS = Exercise(
         Mutant(
             "by the inflection point",
             _bands_by_inflection,
-            "You seem to match (1/b)^(1/r) with the threshold. That puts the steep part in the right place and does not "
-            "look at how steep it is; minimize the two areas.",
+            "You seem to match (1/b)^(1/r) with the threshold. That puts the steep part in the right place and does "
+            "not look at how steep it is; minimize the two areas.",
         ),
         Mutant(
             "misses only",
@@ -729,8 +732,8 @@ PACKING = Exercise(
         Mutant(
             "rows start anew",
             _pack_with(restart=True),
-            "Every row of yours begins with end of text. A row goes on where the last one ended: its first input is the "
-            "last target of the row before.",
+            "Every row of yours begins with end of text. A row goes on where the last one ended: its first input is "
+            "the last target of the row before.",
         ),
         Mutant(
             "rest dropped",
@@ -788,8 +791,8 @@ REPETITION = Exercise(
         Mutant(
             "share of n-grams",
             _repetition_with(lambda top, counts, text: counts[top] / counts.total()),
-            "You seem to divide the occurrences by the number of n-grams. The rule counts characters: long repeated words "
-            "weigh more than short ones.",
+            "You seem to divide the occurrences by the number of n-grams. The rule counts characters: long repeated "
+            "words weigh more than short ones.",
         ),
         Mutant(
             "one occurrence",
@@ -879,7 +882,8 @@ MASKING = Exercise(
         Mutant(
             "no borders",
             _mask_with(ipv4=rf"(?:{_OCTET}\.){{3}}{_OCTET}"),
-            "You seem to find addresses inside longer things, such as 10.0.0.1.2. Look at what stands before and after.",
+            "You seem to find addresses inside longer things, such as 10.0.0.1.2. Look at what stands before and "
+            "after.",
         ),
         Mutant(
             "no full stop after",
@@ -895,8 +899,8 @@ MASKING = Exercise(
         Mutant(
             "local part of letters",
             _mask_with(email=r"[A-Za-z]+@[\w-]+(?:\.[\w-]+)+"),
-            "You seem to allow only letters before the @: a part of the name stays in the text. Dots, digits, _, + and - "
-            "are allowed too.",
+            "You seem to allow only letters before the @: a part of the name stays in the text. Dots, digits, _, + "
+            "and - are allowed too.",
         ),
         Mutant(
             "one label after the @",
@@ -999,7 +1003,8 @@ CONTAMINATION = Exercise(
         Mutant(
             "not normalized",
             _contaminated_with(split=str.split),
-            "You seem to compare the text as it is. A capital letter or a comma must not hide a copy: use `ngram_words`.",
+            "You seem to compare the text as it is. A capital letter or a comma must not hide a copy: use "
+            "`ngram_words`.",
         ),
     ],
     hints=("n = min(n, words of the item); compare sets of tuples of `ngram_words(...)`.",),

@@ -150,7 +150,8 @@ FORWARD_FLOPS = Exercise(
             lambda weights, n_layers, n_heads, d_head, n_tokens, causal: (
                 forward_flops(weights, n_layers, n_heads, d_head, n_tokens, causal) // 2 + weights * n_tokens
             ),
-            "You seem to count one of attention's two products. Queries times keys and weights times values cost alike.",
+            "You seem to count one of attention's two products. Queries times keys and weights times values cost "
+            "alike.",
         ),
         Mutant(
             "always full",
@@ -234,7 +235,8 @@ SIX_ND = Exercise(
             lambda blocks, embedding, tied, n_tokens: (
                 6.0 * (blocks + embedding * (1 if tied else 2)) * n_tokens
             ),
-            "You seem to count an untied embedding as a product. Looking a row up multiplies nothing; only the head does.",
+            "You seem to count an untied embedding as a product. Looking a row up multiplies nothing; only the head "
+            "does.",
         ),
         Mutant(
             "no head",
@@ -296,8 +298,8 @@ INTENSITY = Exercise(
         Mutant(
             "no reuse",
             lambda m, k, n, bytes_per_value: 2 * m * k * n / (bytes_per_value * (2 * m * k * n + m * n)),
-            "You seem to fetch an operand again for every multiplication. The intensity of a kernel counts each operand "
-            "once: reuse is what caches and registers are for.",
+            "You seem to fetch an operand again for every multiplication. The intensity of a kernel counts each "
+            "operand once: reuse is what caches and registers are for.",
         ),
         Mutant(
             "inverted",
@@ -559,7 +561,8 @@ MFU = Exercise(
             lambda forward_flops_per_token, n_tokens, seconds, peak_flops, recomputed: (
                 6 * forward_flops_per_token * n_tokens / seconds / peak_flops
             ),
-            "You seem to take the 6 of 6 N D. It multiplies parameters; the forward FLOPs contain its factor 2 already.",
+            "You seem to take the 6 of 6 N D. It multiplies parameters; the forward FLOPs contain its factor 2 "
+            "already.",
         ),
         Mutant(
             "FLOP/s",

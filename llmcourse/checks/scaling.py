@@ -79,7 +79,8 @@ FLOPS = Exercise(
         Mutant(
             "6 N D without embeddings",
             lambda config, tokens: 6 * count_parameters(config, embeddings=False) * tokens,
-            "This is 6 N D without embeddings. The look-up is free, but the output head is a matrix product, here a large one.",
+            "This is 6 N D without embeddings. The look-up is free, but the output head is a matrix product, here a "
+            "large one.",
         ),
         Mutant(
             "no attention products",
@@ -96,7 +97,8 @@ FLOPS = Exercise(
                 (training_flops_per_token(config) + _attention_share(config, (config.context_length - 1) / 2))
                 * tokens
             ),  # fmt: skip
-            "You seem to let every position see all others. Under the causal mask a position sees (T + 1) / 2 on average.",
+            "You seem to let every position see all others. Under the causal mask a position sees (T + 1) / 2 on "
+            "average.",
         ),
     ],
     hints=(
@@ -166,7 +168,8 @@ BUDGET = Exercise(
         Mutant(
             "rounded down",
             _steps_with(rounding=math.floor),
-            "You seem to round the steps down. The nearest number of steps keeps all runs within half a step of the budget.",
+            "You seem to round the steps down. The nearest number of steps keeps all runs within half a step of the "
+            "budget.",
         ),
         Mutant(
             "rows forgotten",
@@ -582,7 +585,8 @@ ALLOCATION = Exercise(
         Mutant(
             "20 tokens a parameter",
             _twenty,
-            "This is the rule of 20 tokens a parameter. It is one law's optimum at one budget; solve for the given law.",
+            "This is the rule of 20 tokens a parameter. It is one law's optimum at one budget; solve for the given "
+            "law.",
         ),
     ],
     hints=("Put D = C / (6 N) into the law and set the derivative with respect to ln N to zero.",),

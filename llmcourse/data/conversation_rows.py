@@ -53,7 +53,8 @@ def to_messages(row: Mapping[str, Any]) -> list[Message]:
             return [_said("user", prompt), _said("assistant", completion)]
         return [message for part in (prompt, completion) for message in _messages(part, "role", "content")]
     raise ValueError(
-        f"a row has the keys {sorted(row)}: give messages, conversations, instruction and output, or prompt and completion"
+        f"a row has the keys {sorted(row)}: give messages, conversations, instruction and output, or prompt and "
+        "completion"
     )
 
 
@@ -65,7 +66,8 @@ def read_conversations(path: Path | str) -> tuple[list[list[Message]], Counter[s
         before, left out).
 
     Raises:
-        ValueError: a line is no JSON object or no row of a known format, with its number; or there are no conversations.
+        ValueError: a line is no JSON object or no row of a known format, with its number; or there are no
+            conversations.
     """
     counts: Counter[str] = Counter({"kept": 0, "empty": 0, "duplicate": 0})
     conversations: dict[str, list[Message]] = {}

@@ -105,8 +105,8 @@ class CrawlReport:
     Attributes:
         outcomes: addresses by outcome (a key of `OUTCOMES`); each address has one, so they sum to the addresses known.
         links: what became of the links and redirects found: "new" (put in line), "known" (in line before),
-            "respelled" (known, but written in another way), "outside" (another host), "limit" (too deep, or one too many
-            of a folder), "invalid" (no http address).
+            "respelled" (known, but written in another way), "outside" (another host), "limit" (too deep, or one too
+            many of a folder), "invalid" (no http address).
         requests: sent in this call, retries and robots.txt included.
         bytes: of the bodies stored in this call.
         seconds: that this call took.
@@ -141,8 +141,8 @@ def crawl(
         show_progress: whether to draw a bar.
 
     Raises:
-        ValueError: no seed, one that is no http address or on no allowed host, or a folder that holds a crawl from other
-            seeds or with other limits, or is in use.
+        ValueError: no seed, one that is no http address or on no allowed host, or a folder that holds a crawl from
+            other seeds or with other limits, or is in use.
     """
     settings = settings or CrawlSettings()
     urls = [canonical_url(seed) for seed in seeds]

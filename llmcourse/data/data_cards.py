@@ -171,6 +171,9 @@ def _table(splits: Splits) -> str:
     counts = {name: describe(rows) for name, rows in splits.items()}
     columns = list(dict.fromkeys(column for split in counts.values() for column in split))
     lines = [["split", *(column.replace("_", " ") for column in columns)], ["---"] * (len(columns) + 1)]
-    lines += [[name, *(f"{split.get(column, 0):,.4g}" if isinstance(split.get(column), float) else
-                       f"{split.get(column, 0):,}" for column in columns)] for name, split in counts.items()]  # fmt: skip
+    for name, split in counts.items():
+        values = [split.get(column, 0) for column in columns]
+        lines.append(
+            [name, *(f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" for value in values)]
+        )
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -18,8 +18,8 @@ a job array and makes each stage wait for the one before::
 
 Four things differ from `preparation`: the text is what datatrove's own Trafilatura block gives, its masks are addresses
 that look real (and telephone numbers stay), its near-duplicates are drawn with other permutations, and decontamination
-(`NGramsDecontFilter`) needs a download, so it is left out. Two blocks would need one as well and are replaced: fastText's
-language weights by `language.identify`, and spaCy's word tokenizer by one that splits at white space.
+(`NGramsDecontFilter`) needs a download, so it is left out. Two blocks would need one as well and are replaced:
+fastText's language weights by `language.identify`, and spaCy's word tokenizer by one that splits at white space.
 """
 
 from __future__ import annotations

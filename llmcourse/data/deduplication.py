@@ -1,8 +1,9 @@
 """Exact duplicates: whole documents, and lines or paragraphs that many documents share, by hashes of their text.
 
-Texts are compared after `shingles.normalize` (NFC, lower case, white space), as BLAKE2b hashes of 128 bits: among n texts
-two different ones share a hash with probability below n^2 / 2^129, 1.5e-21 for a billion. A set keeps 16 bytes of hash
-a text and Python's bookkeeping around them, some 90 bytes together, whatever the text's length; documents pass by one at a time.
+Texts are compared after `shingles.normalize` (NFC, lower case, white space), as BLAKE2b hashes of 128 bits: among n
+texts two different ones share a hash with probability below n^2 / 2^129, 1.5e-21 for a billion. A set keeps 16 bytes of
+hash a text and Python's bookkeeping around them, some 90 bytes together, whatever the text's length; documents pass by
+one at a time.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ class LineSettings:
 
 @dataclass
 class LineDeduplicator:
-    """Drops lines that many documents share, in two passes over the corpus: `count` every text, then `clean` every text.
+    """Drops lines that many documents share, in two passes over the corpus: `count` every text, then `clean` every
+    text.
 
     Both passes see one document at a time. Blank lines are neither counted nor dropped.
 

@@ -29,7 +29,8 @@ from llmcourse.data.html_tree import find_links, parse_html, render_text
 
 FOCUSES = ("balanced", "precision", "recall")
 _HTML_PARAGRAPHS = frozenset(
-    "address article aside blockquote body dd div dl dt fieldset figcaption figure footer form h1 h2 h3 h4 h5 h6 header "
+    "address article aside blockquote body dd div dl dt fieldset figcaption figure footer form h1 h2 h3 h4 h5 h6 "
+    "header "
     "hr main nav ol p pre section table ul".split()
 )
 _HTML_LINES = frozenset(("br", "li", "tr", "option"))

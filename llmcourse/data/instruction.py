@@ -223,7 +223,8 @@ class InstructionBatches(EpochBatches):
         needed = data.lengths - 1  # slots: the last id is only a target
         if needed.max() > context_length:
             raise ValueError(
-                f"a conversation needs {needed.max()} slots of context_length={context_length}: encode with a smaller one"
+                f"a conversation needs {needed.max()} slots of context_length={context_length}: encode with a smaller "
+                "one"
             )
         if not (apart or packed):
             raise ValueError("apart=False needs packed=True: rows that are not packed hold one conversation")

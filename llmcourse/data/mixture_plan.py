@@ -50,9 +50,9 @@ def temperature_weights(tokens: Mapping[str, float], temperature: float = 1.0) -
 def effective_epochs(epochs: float, decay: float = REPETITION_DECAY) -> float:
     """What some epochs over one source are worth, in epochs of fresh data.
 
-    Muennighoff et al. 2023, effective data D' over unique data U_D: 1 + R* (1 - exp(-R / R*)) with R = epochs - 1 repetitions.
-    Below one epoch nothing is repeated, and the worth is the epochs themselves. 4 epochs are worth 3.73 and
-    no number of epochs is worth more than 1 + R* = 16.39.
+    Muennighoff et al. 2023, effective data D' over unique data U_D: 1 + R* (1 - exp(-R / R*)) with R = epochs - 1
+    repetitions. Below one epoch nothing is repeated, and the worth is the epochs themselves. 4 epochs are worth 3.73
+    and no number of epochs is worth more than 1 + R* = 16.39.
 
     Args:
         epochs: passes over the source, at least 0.

@@ -2,8 +2,8 @@
 
 decode, extract, repair, language, rules, quality, privacy: one document at a time (`document_steps`). Then exact
 duplicates, repeated lines, near-duplicates and contamination: over the corpus (`corpus_steps`). The order is by cost
-and by need: language and rules judge extracted text, masking comes before deduplication so that two pages that differ in
-a telephone number count as equal, and comparison with the evaluation set comes last, on the text that is trained on.
+and by need: language and rules judge extracted text, masking comes before deduplication so that two pages that differ
+in a telephone number count as equal, and comparison with the evaluation set comes last, on the text that is trained on.
 
 Nothing is lost silently: of every step, documents in = documents out + documents dropped, by reason.
 """
@@ -249,8 +249,8 @@ def prepare_shards(
 ) -> tuple[ShardIndex, Prepared]:
     """Prepare a corpus of any size into shards; the same documents and reports as `prepare`.
 
-    Memory does not hold the texts: up to some 50 bytes a document while duplicates are sorted out, beside what labels take,
-    so leave these out at scale. The disk beside `folder` needs room for the text three times.
+    Memory does not hold the texts: up to some 50 bytes a document while duplicates are sorted out, beside what labels
+    take, so leave these out at scale. The disk beside `folder` needs room for the text three times.
 
     Args:
         pages: as for `prepare`.

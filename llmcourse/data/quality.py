@@ -123,7 +123,8 @@ class QualityClassifier:
         return pairs[::-1][:n], pairs[:n]
 
     def save(self, path: str | Path) -> None:
-        """Write the classifier as JSON that carries its own checksum. An older file is replaced at once or not at all."""
+        """Write the classifier as JSON that carries its own checksum. An older file is replaced at once or not at
+        all."""
         path = Path(path)
         work = path.with_name(f".{path.name}.part")
         data: dict[str, Any] = {

@@ -58,7 +58,8 @@ def story_quality(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> StoryQuality:
-    """Let the model write `n` stories, each from the first sentence of a fresh one, and judge them by the town's rules."""
+    """Let the model write `n` stories, each from the first sentence of a fresh one, and judge them by the town's
+    rules."""
     openings = [
         d.text.split(". ")[0] + "." for d in town.documents(n, seed=seed + 10_000_019, kinds=["story"])
     ]

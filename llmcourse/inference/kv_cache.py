@@ -63,14 +63,16 @@ class KVCache:
         return self.keys.nbytes + self.values.nbytes
 
     def positions(self, n_tokens: int) -> Tensor | None:
-        """Positions (B, n_tokens) of the next tokens; `None` when no row is padded, since all then go on at `length`."""
+        """Positions (B, n_tokens) of the next tokens; `None` when no row is padded, since all then go on at
+        `length`."""
         if self.padding is None:
             return None
         slots = torch.arange(self.length, self.length + n_tokens, device=self.padding.device)
         return (slots[None] - self.padding[:, None]).clamp(min=0)
 
     def mask(self, n_tokens: int) -> Tensor | None:
-        """Which slots each new token may attend to, (B or 1, 1, n_tokens, length + n_tokens); `None` for all of them."""
+        """Which slots each new token may attend to, (B or 1, 1, n_tokens, length + n_tokens); `None` for all of
+        them."""
         if self.padding is None and n_tokens == 1:
             return None
         device, total = self.keys.device, self.length + n_tokens

@@ -29,7 +29,8 @@ class Sample:
     text: str
     """the same as text"""
     n_tokens: int
-    """tokens that were generated for it, those thrown away and the stop token included (but where a stop string ends it)"""
+    """tokens that were generated for it, those thrown away and the stop token included (but where a stop string ends
+    it)"""
 
 
 def sample_many(
@@ -85,7 +86,8 @@ def budget_forced(
     extensions: int = 0,
     stop_ids: Sequence[int] | None = None,
 ) -> list[Sample]:
-    """Let each response think for `budget` tokens or longer, then make it answer (Muennighoff et al., 2025, section 3.1).
+    """Let each response think for `budget` tokens or longer, then make it answer (Muennighoff et al., 2025, section
+    3.1).
 
     Too long: after `budget` tokens without a stop, `closing` is written for the model, such as the words that open the
     answer, and it goes on from there. Too short: a stop is replaced by `waiting`, such as "Wait", at most `extensions`

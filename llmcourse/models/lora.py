@@ -253,7 +253,8 @@ def unmerge_lora(model: nn.Module) -> None:
 
 
 def fold_lora(model: Model) -> Model:
-    """Make the adapters part of the weights for good, in place: plain layers again, trainable, which save as a model."""
+    """Make the adapters part of the weights for good, in place: plain layers again, trainable, which save as a
+    model."""
     for name, layer in _adapted(model).items():
         model.set_submodule(name, layer.fold().train(layer.training))
     return _thaw(model)

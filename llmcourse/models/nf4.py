@@ -41,8 +41,8 @@ class NF4Settings:
     double_quantization: bool = True
     """scales as 8-bit codes instead of float32: 8/64 + 32/(64 256) = 0.127 instead of 0.5 bits per number"""
     backend: str = "llmcourse"
-    """llmcourse: the code of this file; bitsandbytes: the library's kernels (save the adapters: its packed state does not
-    fit into another model's checkpoint)"""
+    """llmcourse: the code of this file; bitsandbytes: the library's kernels (save the adapters: its packed state does
+    not fit into another model's checkpoint)"""
 
     def __post_init__(self) -> None:
         if self.block_size < 2 or self.block_size % 2:
@@ -220,8 +220,8 @@ class _FrozenProduct(torch.autograd.Function):
 class NF4Linear(nn.Module):
     """A linear layer without bias whose weight is stored in NF4 and never trained.
 
-    Each use decodes the matrix into the input's dtype, forward and backward; only the codes stay in memory. `.to(dtype)`
-    leaves the stored numbers as they are.
+    Each use decodes the matrix into the input's dtype, forward and backward; only the codes stay in memory.
+    `.to(dtype)` leaves the stored numbers as they are.
 
     Raises:
         ValueError: the layer has a bias, or its weights cannot be quantized.
@@ -360,7 +360,8 @@ def quantize_model(
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all weights as they are stored, shared tensors once; code books, the same for all layers, not counted."""
+    """Bytes of all weights as they are stored, shared tensors once; code books, the same for all layers, not
+    counted."""
     seen: dict[tuple[int, int], int] = {}
     for layer in model.modules():
         parts = [*layer.parameters(recurse=False)]

@@ -207,7 +207,8 @@ def load_adapter(model: Transformer, name_or_folder: str | Path, *, any_base: bo
         _check_prompt(model, tensors)
     if fingerprint not in (None, own) and not any_base:
         raise ValueError(
-            f"the adapter was trained on another base (fingerprint {fingerprint[:12]}, this model has {own[:12]}): open "
+            f"the adapter was trained on another base (fingerprint {fingerprint[:12]}, this model has {own[:12]}): "
+            "open "
             "the base that it was trained on, or pass any_base=True"
         )
     with torch.no_grad():
@@ -299,7 +300,8 @@ def _compare(expected: dict[str, tuple[int, ...]], tensors: dict[str, Tensor]) -
         found = tuple(tensors[name].shape) if name in tensors else "missing"
         if found != shape:
             raise ValueError(
-                f"adapter tensor {name.removeprefix(PREFIX)} is {found}, this model needs {shape}: it belongs to another base"
+                f"adapter tensor {name.removeprefix(PREFIX)} is {found}, this model needs {shape}: it belongs to "
+                "another base"
             )
     left_over = sorted(set(tensors) - set(expected))
     if left_over:

@@ -69,7 +69,8 @@ def barrier() -> None:
 
 
 def wrap(model: nn.Module) -> nn.Module:
-    """`DistributedDataParallel`, which averages gradients over processes during backward; the model itself when alone."""
+    """`DistributedDataParallel`, which averages gradients over processes during backward; the model itself when
+    alone."""
     if world().size == 1:
         return model
     device = next(model.parameters()).device

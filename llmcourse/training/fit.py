@@ -1,8 +1,8 @@
 """THE training loop. Every method of the course is a loss and a source of batches that run through `fit`.
 
 A loss is a pure function `(model, batch) -> (total, count, metrics)`: `total` is summed over its units (target tokens,
-preference pairs), `count` is how many there are, `metrics` are numbers to record. The loop divides by the count over all
-micro-steps and processes, so that every unit weighs the same however a batch is cut up.
+preference pairs), `count` is how many there are, `metrics` are numbers to record. The loop divides by the count over
+all micro-steps and processes, so that every unit weighs the same however a batch is cut up.
 """
 
 from __future__ import annotations
@@ -172,11 +172,10 @@ def fit(
 ) -> FitResult:
     """Train `model` in place and return its records.
 
-    With a `checkpoint_folder` the run saves itself there, and goes on from the newest valid checkpoint that it finds:
-    bit for bit what an uninterrupted run on the same machine gives. `evaluate(model)` returns numbers; its
-    "validation_loss", if any, decides which checkpoint is the best. `on_step(step, model)` is called after each step.
-    `optimizers` replace those that the settings name; the learning rate of a parameter group is the settings' times the
-    group's "lr_scale", 1 where there is none.
+    A run with a `checkpoint_folder` saves itself there and goes on from the newest valid checkpoint in it, bit for bit
+    as an uninterrupted run on the same machine. `evaluate(model)` returns numbers; "validation_loss" among them decides
+    which checkpoint is the best. `on_step(step, model)` is called after each step. `optimizers` replace those that the
+    settings name; a parameter group's rate is the settings' times its "lr_scale", 1 where there is none.
 
     Raises:
         TrainingError: the loss or the gradient norm is not finite; the step is not taken.
@@ -187,53 +186,42 @@ def fit(
     runtime.set_seed(settings.seed)
     optimizers = optimizers or _optimizers(model, settings)
     result, first = _resume(model, optimizers, batches, checkpoint_folder, settings.steps)
-    autocast_dtype = runtime.precision_dtype(settings.precision, device)
-    autocast = torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None)
+    dtype = runtime.precision_dtype(settings.precision, device)
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
     replica = distributed.wrap(model)
     run_loss = _maybe_compile(loss, settings, device, first)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    mfu = _mfu_meter(model, device, autocast_dtype or torch.float32, world.size)
+    speed = _speed_meter(model, device, dtype or torch.float32, world.size)
     began = time.perf_counter() - result.seconds
-    bar = runtime.progress(
-        total=settings.steps, description=description, unit="step", enabled=progress and world.is_main
-    )
-    bar.update(first)
     model.train()
-    with runtime.PeakMemory(device) as memory, bar:
+    with runtime.PeakMemory(device) as memory, _bar(settings, first, progress, description) as bar:
         for step in range(first, settings.steps):
             step_began = time.perf_counter()
             totals = torch.zeros(2, dtype=torch.float64, device=device)  # summed loss, number of units
             for micro in range(settings.micro_steps):
                 batch = {name: value.to(device, non_blocking=True) for name, value in batches.next().items()}
-                last = micro == settings.micro_steps - 1
-                with distributed.without_gradient_sync(replica, skip=not last):
+                with distributed.without_gradient_sync(replica, skip=micro + 1 < settings.micro_steps):
                     with autocast:
                         total, count, metrics = run_loss(replica, batch)
                     total.backward()
-                totals += torch.stack((total.detach().double(), torch.as_tensor(count, device=device).double()))  # fmt: skip
+                totals[0] += total.detach()
+                totals[1] += count
             mean_loss, units = _mean(distributed.sum_over_processes(totals))
             grad_norm = scale_and_clip(parameters, world.size / max(units, 1), settings.grad_clip)
-            if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
-                raise _not_finite(step, mean_loss, grad_norm, batches, checkpoint_folder)
+            _require_finite(step, mean_loss, grad_norm, batches, checkpoint_folder)
             lr = settings.lr * settings.factor(step)
-            for optimizer in optimizers:
-                _set_rate(optimizer, lr)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            now = time.perf_counter()
+            _step(optimizers, lr)
             record = {"step": step, "loss": mean_loss, "lr": lr, "grad_norm": grad_norm, "units": int(units)}
-            record |= {name: float(value) for name, value in metrics.items()}
-            rate = units / (now - step_began)
-            record |= {"units_per_second": rate, "mfu": mfu(rate), "seconds": now - began}
-            result.records.append(record | {"peak_bytes": memory.read()})
+            record |= {name: float(value) for name, value in metrics.items()} | speed(units, step_began)
+            result.seconds = time.perf_counter() - began
+            result.records.append(record | {"seconds": result.seconds, "peak_bytes": memory.read()})
             bar.set_postfix(loss=f"{mean_loss:.3f}", lr=f"{lr:.1e}", refresh=False)
             bar.update()
             if on_step is not None:
                 on_step(step, model)
-            done = step + 1 == settings.steps
-            if evaluate is not None and (done or _due(step, settings.eval_every)):
+            if evaluate is not None and _due(step, settings.eval_every, settings.steps):
                 _evaluate(model, evaluate, step, began, result)
-            if checkpoint_folder is not None and (done or _due(step, settings.checkpoint_every)):
+            if checkpoint_folder is not None and _due(step, settings.checkpoint_every, settings.steps):
                 result.seconds = time.perf_counter() - began
                 _save(checkpoint_folder, step + 1, model, optimizers, batches, result, settings)
     result.peak_bytes = max(result.peak_bytes, memory.bytes)
@@ -243,7 +231,7 @@ def fit(
 
 @torch.no_grad()
 def scale_and_clip(parameters: Sequence[Tensor], scale: float, largest: float) -> float:
-    """Multiply all gradients by `scale`, then down to a global L2 norm of `largest` (0: no limit); return the norm before.
+    """Multiply gradients by `scale`, then down to a global L2 norm of `largest` (0: no limit); return the norm before.
 
     One pass for both, since the second factor follows from the first (Pascanu et al., 2013, algorithm 1).
     """
@@ -259,13 +247,21 @@ def scale_and_clip(parameters: Sequence[Tensor], scale: float, largest: float) -
     return norm
 
 
+def _bar(settings: FitSettings, first: int, progress: bool, description: str) -> Any:
+    show = progress and distributed.world().is_main
+    bar = runtime.progress(total=settings.steps, description=description, unit="step", enabled=show)
+    bar.update(first)
+    return bar
+
+
 def _mean(totals: Tensor) -> tuple[float, float]:
     total, count = totals.tolist()
     return (total / count if count else 0.0), count
 
 
-def _due(step: int, every: int) -> bool:
-    return bool(every) and (step + 1) % every == 0
+def _due(step: int, every: int, steps: int) -> bool:
+    """Whether something that comes `every` so many steps (0: never) and after the last one comes after this step."""
+    return step + 1 == steps or (bool(every) and (step + 1) % every == 0)
 
 
 def _optimizers(model: nn.Module, settings: FitSettings) -> list[torch.optim.Optimizer]:
@@ -280,9 +276,12 @@ def _optimizers(model: nn.Module, settings: FitSettings) -> list[torch.optim.Opt
     )
 
 
-def _set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
+def _step(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
 
 def _maybe_compile(loss: Loss, settings: FitSettings, device: torch.device, first: int) -> Loss:
@@ -298,15 +297,25 @@ def _maybe_compile(loss: Loss, settings: FitSettings, device: torch.device, firs
     return loss
 
 
-def _mfu_meter(
+def _speed_meter(
     model: nn.Module, device: torch.device, dtype: torch.dtype, n_processes: int
-) -> Callable[[float], float]:
-    """A function from units a second (over all processes) to MFU; NaN for models whose FLOPs are not known."""
+) -> Callable[[float, float], dict[str, float]]:
+    """A function from a step's units (over all processes) and its begin to units a second and MFU.
+
+    The MFU is NaN for models whose FLOPs are not known.
+    """
     config = getattr(model, "config", None)
-    if not hasattr(config, "context_length"):
-        return lambda rate: math.nan
-    peak = runtime.peak_flops(device, dtype) * (n_processes if device.type == "cuda" else 1)
-    return lambda rate: accounting.model_flops_utilization(config, rate, peak)
+    is_known = hasattr(config, "context_length")
+    peak = (
+        runtime.peak_flops(device, dtype) * (n_processes if device.type == "cuda" else 1) if is_known else 0.0
+    )
+
+    def speed(units: float, began: float) -> dict[str, float]:
+        rate = units / (time.perf_counter() - began)
+        mfu = accounting.model_flops_utilization(config, rate, peak) if is_known else math.nan
+        return {"units_per_second": rate, "mfu": mfu}
+
+    return speed
 
 
 def _evaluate(model: nn.Module, evaluate: Evaluate, step: int, began: float, result: FitResult) -> None:
@@ -366,11 +375,13 @@ def _resume(
     return result, found.step
 
 
-def _not_finite(
+def _require_finite(
     step: int, loss: float, grad_norm: float, batches: BatchSource, folder: Path | str | None
-) -> TrainingError:
+) -> None:
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return
     where = f"; the last checkpoint in {folder} is from before it" if folder is not None else ""
-    return TrainingError(
+    raise TrainingError(
         f"step {step}: loss {loss}, gradient norm {grad_norm}, on the batch before data position "
         f"{batches.state_dict()}: nothing was updated{where}. Lower lr, lengthen the warm-up, or look at that batch"
     )

@@ -220,7 +220,8 @@ def _check(
             )
         if run.tokens > max_epochs * len(train):
             raise ValueError(
-                f"a run of {run.tokens} tokens sees the {len(train)} tokens of text {run.tokens / len(train):.1f} times, "
+                f"a run of {run.tokens} tokens sees the {len(train)} tokens of text {run.tokens / len(train):.1f} "
+                "times, "
                 f"more than max_epochs={max_epochs}: use more documents"
             )
 

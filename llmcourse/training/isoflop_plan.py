@@ -1,8 +1,8 @@
 """The plan of an IsoFLOP sweep: which models are trained on how many tokens for each budget of training compute.
 
 At a fixed budget C a larger model sees fewer tokens: tokens = C / (FLOPs per token). Compute is counted exactly
-(`accounting.training_flops_per_token`: head and attention products included, the embedding look-up costs nothing), since
-6 N is far off for models whose head is as large as their blocks. N is reported without and with embeddings.
+(`accounting.training_flops_per_token`: head and attention products included, the embedding look-up costs nothing),
+since 6 N is far off for models whose head is as large as their blocks. N is reported without and with embeddings.
 """
 
 from __future__ import annotations

@@ -50,8 +50,8 @@ def newton_schulz(matrix: Tensor, iterations: int = 5, eps: float = 1e-7) -> Ten
     """Approximate the orthogonal factor U V^T of `matrix` = U S V^T, for one (m, n) or a stack (..., m, n).
 
     Each iteration maps every singular value s to 3.4445 s - 4.7750 s^3 + 2.0315 s^5 without computing an SVD. Five of
-    them bring all but tiny singular values into about [0.7, 1.2], which is near enough to 1 for an update (Jordan et al., 2024).
-    Runs in the input's dtype; bfloat16 is enough.
+    them bring all but tiny singular values into about [0.7, 1.2], which is near enough to 1 for an update (Jordan et
+    al., 2024). Runs in the input's dtype; bfloat16 is enough.
     """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     # The Gram matrix below is then the small one, and Frobenius norm 1 bounds all singular values by 1.

@@ -126,7 +126,8 @@ def fit_kaplan(runs: Runs) -> KaplanLaw:
 
 
 def huber(residual: np.ndarray, delta: float = HUBER_DELTA) -> np.ndarray:
-    """r^2 / 2 where |r| <= delta, delta (|r| - delta / 2) beyond: an outlier pulls with a constant force (Huber, 1964)."""
+    """r^2 / 2 where |r| <= delta, delta (|r| - delta / 2) beyond: an outlier pulls with a constant force (Huber,
+    1964)."""
     size = np.abs(residual)
     return np.where(size <= delta, size**2 / 2, delta * (size - delta / 2))
 

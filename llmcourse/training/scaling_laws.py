@@ -143,8 +143,8 @@ class ParametricLaw:
     def inference_optimal(self, loss: float, inference_tokens: float) -> Allocation:
         """The cheapest way to `loss` when the model will then process `inference_tokens` (Sardana et al., 2024, eq. 3).
 
-        Minimizes 6 N D + 2 N D_inference over the sizes that can reach the loss, with D = `tokens_for(loss, N)`. On that
-        curve d ln D / d ln N = -alpha A N^-alpha / (beta B D^-beta), so the minimum is where
+        Minimizes 6 N D + 2 N D_inference over the sizes that can reach the loss, with D = `tokens_for(loss, N)`. On
+        that curve d ln D / d ln N = -alpha A N^-alpha / (beta B D^-beta), so the minimum is where
 
             6 D + 2 D_inference = 6 D (alpha A N^-alpha) / (beta B D^-beta),
 

@@ -1,4 +1,5 @@
-"""GRPO over the one loop: what a batch holds, one step against autograd by hand, resume, refusals, and that it learns."""
+"""GRPO over the one loop: what a batch holds, one step against autograd by hand, resume, refusals, and that it
+learns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Log-probabilities of responses: by hand, against log_softmax, lean paths equal to plain ones, cuts that change nothing."""
+"""Log-probabilities of responses: by hand, against log_softmax, lean paths equal to plain ones, cuts that change
+nothing."""
 
 from __future__ import annotations
 

@@ -374,8 +374,8 @@ def test_simpo_equals_trl_meng_2024_eq_6():
 
 
 def test_orpo_equals_trl_hong_2024_eq_6():
-    # TRL's SFT term covers the prompt too, and averages over all tokens of the batch; ours covers the response and averages
-    # over responses. With one pair and a prompt of one token, which nothing predicts, the two agree.
+    # TRL's SFT term covers the prompt too, and averages over all tokens of the batch; ours covers the response and
+    # averages over responses. With one pair and a prompt of one token, which nothing predicts, the two agree.
     from trl.experimental.orpo.orpo_trainer import ORPOTrainer
 
     logits = torch.randn(2, 5, 11, generator=torch.Generator().manual_seed(12)).requires_grad_()

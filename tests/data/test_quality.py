@@ -194,7 +194,8 @@ def test_reliability_of_true_probabilities_is_small() -> None:
 
 def test_bad_input(seen: Labelled) -> None:
     for name, wrong in {
-        "max_ngram": 0, "max_features": 0, "min_documents": 0, "regularization": 0.0, "calibration_part": 1.0, "seed": -1,
+        "max_ngram": 0, "max_features": 0, "min_documents": 0, "regularization": 0.0,
+        "calibration_part": 1.0, "seed": -1,
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=f"{name}={wrong}"):
             QualitySettings(**{name: wrong})  # type: ignore[arg-type]

@@ -1,4 +1,5 @@
-"""Test-time compute: votes and estimators by hand and by enumeration, budget forcing on a model whose habits are known."""
+"""Test-time compute: votes and estimators by hand and by enumeration, budget forcing on a model whose habits are
+known."""
 
 from __future__ import annotations
 

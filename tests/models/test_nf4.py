@@ -98,7 +98,8 @@ def test_double_quantization_equals_bitsandbytes_or_is_nearer(shape):
 
 
 def test_a_block_by_hand():
-    # largest magnitude 2; halves: 1, -1, 0, 0.5 -> nearest codes 15, 0, 7, 12 (0.4407) or 13 (0.5626): 0.5 is nearer 0.4407
+    # largest magnitude 2; halves: 1, -1, 0, 0.5 -> nearest codes 15, 0, 7, 12 (0.4407) or 13 (0.5626): 0.5 is nearer
+    # 0.4407
     block = torch.tensor([[2.0, -2, 0, 1]])
     stored = quantize_nf4(block, NF4Settings(block_size=4, double_quantization=False))
     assert stored.packed.tolist() == [15 << 4 | 0, 7 << 4 | 12] and stored.scales.tolist() == [2.0]
