@@ -272,7 +272,7 @@ def padded_width(longest: int, context_length: int) -> int:
 def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     """Which examples share a row: best-fit decreasing, the longest first, each into the fullest row with room for it.
 
-    Rows need at most 11/9 of the fewest possible, plus one (Johnson et al., 1974, for first-fit and best-fit alike).
+    Rows need at most 11/9 of the fewest possible, plus four (Johnson et al., 1974, for first-fit and best-fit alike).
 
     Args:
         lengths: (M,) slots of each example.
