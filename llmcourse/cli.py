@@ -57,15 +57,18 @@ def doctor() -> None:
 @app.command()
 @_one_line_errors
 def build(
-    stage: Annotated[str, typer.Argument(help="stage of the pipeline: base")],
+    stage: Annotated[str, typer.Argument(help="stage of the pipeline: base or sft")],
     preset: Annotated[str, typer.Option(help="cpu or gpu")] = "cpu",
     corpus: Annotated[str, typer.Option(help="tinytown, python-docs, files:GLOB or hub:NAME")] = "tinytown",
     seed: Annotated[int, typer.Option(help="of initial weights and data order")] = 0,
+    model: Annotated[str, typer.Option(help="folder or Hub name of a model in place of the base")] = "",
 ) -> None:
     """Make a stage and everything upstream of it, or find it in the cache; print where it is."""
     from llmcourse import pipeline
 
-    loaded = pipeline.load(stage, preset=preset, corpus=corpus, seed=seed)
+    loaded = pipeline.load(stage, preset=preset, corpus=corpus, seed=seed, model=model)
+    if loaded.artifact is None:
+        raise ValueError(f"stage={stage!r} is the model itself when --model is given: build sft")
     _print_metrics(loaded.artifact.metrics)
     print(f"{stage}: {loaded.artifact.path}")
 

@@ -1,6 +1,7 @@
-"""The stage graph: corpus -> tokenizer -> tokens -> base. Every result is an artifact, made when first asked for.
+"""The stage graph: corpus -> tokenizer -> tokens -> base -> sft. Every result is an artifact, made when asked for.
 
-`load("base")` gives the pre-trained model of the course; stages of later chapters take it as their input.
+`load("base")` gives the pre-trained model of the course, `load("sft")` the assistant made of it. A model from outside
+takes the place of the base with `model=`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 import json
 import lzma
 import statistics
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,20 @@ from llmcourse import runtime
 from llmcourse.accounting import count_parameters
 from llmcourse.artifacts import Artifact, build
 from llmcourse.data import sources
+from llmcourse.data.chat_formats import chat_format, training_template
+from llmcourse.data.instruction import encode_conversations
 from llmcourse.data.tinytown import Town
 from llmcourse.data.token_stream import TokenStream, tokenize
+from llmcourse.data.town_instructions import TownInstructions
 from llmcourse.evaluation.generation import town_report
+from llmcourse.evaluation.instruction_following import instruction_report
 from llmcourse.inference.generation import complete
-from llmcourse.models.pretrained import from_pretrained, save_pretrained
+from llmcourse.models.peft_format import base_fingerprint
+from llmcourse.models.pretrained import from_pretrained, local_folder, save_pretrained
 from llmcourse.models.transformer import Transformer
 from llmcourse.tokenization.tokenizer import Tokenizer
-from llmcourse.training import pretraining
+from llmcourse.training import finetuning, pretraining
+from llmcourse.training.finetuning import SFTSettings
 from llmcourse.training.fit import FitResult
 from llmcourse.training.pretraining import PretrainSettings
 
@@ -60,12 +67,14 @@ class Loaded:
 
     model: Transformer
     tokenizer: Tokenizer
-    artifact: Artifact
+    artifact: Artifact | None
+    """`None` for a model from outside"""
 
     @property
     def town(self) -> Town | None:
-        """The town of its corpus; `None` for real text."""
-        return Town(TOWN_SEED) if self.artifact.metrics["corpus"] == "tinytown" else None
+        """The town of its corpus; `None` for real text and for a model from outside."""
+        known = self.artifact is not None and self.artifact.metrics["corpus"] == "tinytown"
+        return Town(TOWN_SEED) if known else None
 
     @functools.cached_property
     def history(self) -> dict[str, list[dict[str, Any]]]:
@@ -161,20 +170,86 @@ def base(settings: PretrainSettings) -> Loaded:
     return Loaded(from_pretrained(artifact.path), Tokenizer.load(artifact.path), artifact)
 
 
-STAGES: dict[str, Callable[[PretrainSettings], Loaded]] = {"base": base}
-
-
-def load(stage: str, preset: str = "cpu", corpus: str = "tinytown", seed: int = 0, **changes: Any) -> Loaded:
-    """Model and tokenizer of a stage, trained first (upstream stages too) when they are not in the cache.
-
-    `changes` replace settings of the preset by name, e.g. `steps=200`.
+def open_model(name: str) -> Loaded:
+    """A model of the Llama or Qwen3 family from a folder or the Hub, with a chat template that training can use.
 
     Raises:
-        ValueError: unknown stage, preset, corpus or setting.
+        ValueError: no such model, another family, no readable tokenizer, or one with more ids than the model has.
+    """
+    folder = local_folder(name)
+    model, codec = from_pretrained(folder), Tokenizer.load(folder)
+    if codec.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"{name}: the tokenizer has {codec.vocab_size} ids, the model {model.config.vocab_size}: use its own one"
+        )
+    template = training_template(codec)
+    if template != codec.chat_template:
+        print(f"{name}: its chat template does not mark what the assistant writes; using one that does")
+        codec.chat_template = template
+    return Loaded(model, codec, None)
+
+
+def sft(start: Loaded, settings: SFTSettings) -> Loaded:
+    """The assistant: `start` fine-tuned on requests about the town, each conversation used once."""
+    inputs = {} if start.artifact is None else {"base": start.artifact}
+    outside = (
+        {} if inputs else {"model": base_fingerprint(start.model), "template": start.tokenizer.chat_template}
+    )
+
+    def make(path: Path, work: Path) -> dict[str, Any]:
+        return _train_sft(settings, start, path, work)
+
+    artifact = build(
+        "sft",
+        settings=dataclasses.asdict(settings) | outside,
+        inputs=inputs,
+        make=make,
+        code=(finetuning, "llmcourse.data.town_instructions", "llmcourse.evaluation.instruction_following"),
+        resumable=True,
+    )
+    return Loaded(from_pretrained(artifact.path), Tokenizer.load(artifact.path), artifact)
+
+
+STAGES = ("base", "sft")
+LONGEST_CONVERSATION = 512
+"""tokens; those of the town are shorter, whatever the tokenizer, and a model from outside may have a context of many
+thousand"""
+
+
+def load(
+    stage: str,
+    preset: str = "cpu",
+    corpus: str = "tinytown",
+    seed: int = 0,
+    *,
+    model: str = "",
+    upstream: Mapping[str, Any] | None = None,
+    **changes: Any,
+) -> Loaded:
+    """Model and tokenizer of a stage, trained first (upstream stages too) when they are not in the cache.
+
+    Args:
+        stage: one of `STAGES`.
+        preset: where settings come from, "cpu" or "gpu".
+        corpus: text of pre-training.
+        seed: of all stages.
+        model: folder or Hub name of a model that takes the place of the base; preset and corpus of the base are then
+            without effect.
+        upstream: changes to settings of the base, for another stage.
+        changes: settings of the stage by name, e.g. `steps=200`.
+
+    Raises:
+        ValueError: unknown stage, preset, corpus, model or setting.
     """
     if stage not in STAGES:
         raise ValueError(f"stage={stage!r}: choose one of {', '.join(STAGES)}")
-    return STAGES[stage](pretraining.preset(preset, corpus=corpus, seed=seed, **changes))
+    of_base = changes if stage == "base" else dict(upstream or {})
+    if stage == "sft":  # before anything is trained
+        settings = finetuning.preset(preset, seed=seed, **changes)
+    start = (
+        open_model(model) if model else base(pretraining.preset(preset, corpus=corpus, seed=seed, **of_base))
+    )
+    return start if stage == "base" else sft(start, settings)
 
 
 def _fingerprint(read: sources.Corpus) -> str:
@@ -220,6 +295,36 @@ def _train_base(
     if town is not None:
         metrics["probes"] = town_report(model, codec, town, seed=settings.seed)
     write_records(path, result, metrics, samples)
+    return metrics
+
+
+def _train_sft(settings: SFTSettings, start: Loaded, path: Path, work: Path) -> dict[str, Any]:
+    instructions = TownInstructions(Town(TOWN_SEED))
+    context = min(start.model.config.context_length, LONGEST_CONVERSATION)
+    n = settings.fit.steps * settings.fit.micro_steps * settings.batch_size
+    if settings.packed:
+        n *= max(1, context // 64)  # conversations of some 50 tokens share a row
+    data = encode_conversations(
+        (one.conversation for one in instructions.training(n, settings.seed)),
+        chat_format(start.tokenizer),
+        context_length=context,
+        truncation=settings.truncation,
+        loss_on=settings.loss_on,
+    )
+    model = start.model
+    run = finetuning.finetune(
+        model, data, settings, checkpoint_folder=work, description="fine-tuning the assistant"
+    )
+    save_pretrained(model, path, start.tokenizer)
+    metrics = {
+        "corpus": start.artifact.metrics["corpus"] if start.artifact else None,
+        "conversations": len(data),
+        "train_loss": run.fit.last_loss,
+        "training_seconds": run.fit.seconds,
+        "peak_bytes": run.fit.peak_bytes,
+        "probes": instruction_report(model, start.tokenizer, instructions, seed=settings.seed),
+    }
+    write_records(path, run.fit, metrics)
     return metrics
 
 

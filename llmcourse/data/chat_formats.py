@@ -12,6 +12,32 @@ from llmcourse.tokenization.tokenizer import Tokenizer
 Messages = Sequence[Mapping[str, str]]
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_PROBE = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+
+
+def _marked(begin: str, end: str, answer: str) -> str:
+    """A template whose turns are begin, content, end; what the assistant writes, `end` included, is marked."""
+    return (
+        "{%- for message in messages -%}" + begin + "{%- if message['role'] == 'assistant' -%}"
+        "{%- generation -%}{{- message['content'] + " + end + " -}}{%- endgeneration -%}{{- '\n' -}}"
+        "{%- else -%}{{- message['content'] + " + end + " + '\n' -}}{%- endif -%}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- " + answer + " -}}{%- endif -%}"
+    )
+
+
+TRAINING_TEMPLATES = {
+    "<|im_start|>": _marked(
+        "{{- '<|im_start|>' + message['role'] + '\n' -}}", "'<|im_end|>'", "'<|im_start|>assistant\n'"
+    ),
+    "<|start_header_id|>": _marked(
+        "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' -}}",
+        "'<|eot_id|>'",
+        "'<|start_header_id|>assistant<|end_header_id|>\n\n'",
+    ),
+    "": _marked("{{- message['role'] | capitalize + ': ' -}}", "eos_token", "'Assistant: '"),
+}
+"""templates with generation marks, by a special token that tells the family: ChatML, Llama 3, and for all others plain
+text, in which only the end of text is special"""
 
 
 class ChatFormat(Protocol):
@@ -63,7 +89,15 @@ class TemplateFormat:
             raise ValueError("the tokenizer has no chat template: set tokenizer.chat_template or use another")
         self.tokenizer = tokenizer
         self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self.stop_ids: tuple[int, ...] = (tokenizer.eos_token_id,)
+        ends = (self._end_of_turn(), tokenizer.eos_token_id)
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(end for end in ends if end is not None))
+
+    def _end_of_turn(self) -> int | None:
+        """The id with which the template ends what the assistant writes, if it marks that; often not the EOS token."""
+        if not _GENERATION.search(self.tokenizer.chat_template):
+            return None
+        ids, written = self.encode(_PROBE)
+        return [one for one, own in zip(ids, written, strict=True) if own][-1]
 
     def encode(self, messages: Messages) -> tuple[list[int], list[bool]]:
         """Ids and mask by `apply_chat_template`.
@@ -95,6 +129,19 @@ class TemplateFormat:
             return self.tokenizer.apply_chat_template(rows, return_dict=True, **options)
         except TemplateError as error:
             raise ValueError(f"the chat template refuses this conversation: {error}") from None
+
+
+def training_template(tokenizer: Tokenizer) -> str:
+    """The tokenizer's own chat template if it marks what the assistant writes, else one of its family that does.
+
+    Most published templates have no such marks, and many add a system message of their own; that of
+    `TRAINING_TEMPLATES` writes the turns in the same tokens, without it.
+    """
+    template = tokenizer.chat_template or ""
+    if _GENERATION.search(template):
+        return template
+    family = next(token for token in TRAINING_TEMPLATES if not token or token in tokenizer.special_ids)
+    return TRAINING_TEMPLATES[family]
 
 
 def chat_format(tokenizer: Any) -> ChatFormat:
