@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmcourse import artifacts, pipeline
 from llmcourse.accounting import count_parameters
 from llmcourse.evaluation.generation import town_report
+from llmcourse.evaluation.instruction_following import instruction_report
 from llmcourse.training import pretraining
+from tests.outside_models import write_smollm2
 
 TINY = {
     "n_documents": 250,
@@ -183,6 +185,55 @@ def test_a_killed_training_goes_on(home, monkeypatch, trainings):
     loaded = pipeline.load("base", **TINY, seed=2)
     assert trainings == [2, 2] and loaded.artifact.metrics["resumed_from"] == 4
     assert not list(home.glob("*.partial"))
+
+
+# The assistant, and models from outside
+
+SFT_TINY = {"steps": 4, "batch_size": 2}
+
+
+@pytest.fixture
+def few_probes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pipeline, "instruction_report", functools.partial(instruction_report, n=2))
+
+
+def test_the_assistant_comes_from_the_base_and_is_made_once(base, home, few_probes, trainings):
+    assistant = pipeline.load("sft", upstream=TINY, **SFT_TINY)
+    again = pipeline.load("sft", upstream=TINY, **SFT_TINY)
+    assert trainings == [] and again.artifact.path == assistant.artifact.path
+    assert assistant.artifact.inputs == {"base": base.artifact.key} and assistant.town is not None
+    assert assistant.artifact.metrics["conversations"] <= 4 * 2
+    assert set(assistant.artifact.metrics["probes"]) == {"facts", "reading", "sums", "constraints"}
+    assert not torch.equal(assistant.model.embedding.weight, base.model.embedding.weight)
+    other = pipeline.load("sft", upstream=TINY, **(SFT_TINY | {"steps": 3}))
+    assert other.artifact.key != assistant.artifact.key
+    assert len(other.history["records"]) == 3
+
+
+def test_a_model_from_outside_takes_the_place_of_the_base(home, tmp_path, few_probes, capsys):
+    folder = write_smollm2(tmp_path / "smollm2")
+    opened = pipeline.load("base", model=str(folder))
+    assert opened.artifact is None and opened.town is None
+    assert "does not mark what the assistant writes" in capsys.readouterr().out
+    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.tensor([opened.tokenizer.encode("Anna and Tom")])
+    with torch.no_grad():
+        assert (theirs(ids).logits - opened.model(ids)).abs().max() < 1e-5
+    assistant = pipeline.load("sft", model=str(folder), **SFT_TINY)
+    assert assistant.artifact.inputs == {} and assistant.town is None
+    assert assistant.tokenizer.chat_template == opened.tokenizer.chat_template
+    with torch.no_grad():
+        theirs.model.norm.weight.mul_(2)
+    theirs.save_pretrained(folder)  # another model in the same folder is another address
+    assert pipeline.load("sft", model=str(folder), **SFT_TINY).artifact.key != assistant.artifact.key
+
+
+def test_models_from_outside_that_cannot_serve_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no such folder"):
+        pipeline.load("base", model=str(tmp_path / "missing"))
+    folder = write_smollm2(tmp_path / "short", padding=-8)
+    with pytest.raises(ValueError, match=r"the tokenizer has \d+ ids, the model \d+: use its own"):
+        pipeline.load("base", model=str(folder))
 
 
 # Other corpora

@@ -34,7 +34,8 @@ TRAINING_TEMPLATES = {
         "'<|eot_id|>'",
         "'<|start_header_id|>assistant<|end_header_id|>\n\n'",
     ),
-    "": _marked("{{- message['role'] | capitalize + ': ' -}}", "eos_token", "'Assistant: '"),
+    # a line break after the colon: a space would become part of the answer's first token, which the prompt then lacks
+    "": _marked("{{- message['role'] | capitalize + ':\n' -}}", "eos_token", "'Assistant:\n'"),
 }
 """templates with generation marks, by a special token that tells the family: ChatML, Llama 3, and for all others plain
 text, in which only the end of text is special"""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
+from llmcourse.data.chat_formats import training_template
 from llmcourse.data.instruction import (
     CourseFormat,
     InstructionBatches,
@@ -17,6 +19,7 @@ from llmcourse.data.instruction import (
     pack,
 )
 from llmcourse.data.packing import IGNORE
+from llmcourse.tokenization.chat_template import CHAT_TEMPLATE
 from llmcourse.tokenization.tokenizer import Tokenizer
 
 TEXTS = ["the cat sat on the mat", "where is the cat now", "it sat on the mat in the hall"] * 20
@@ -97,6 +100,34 @@ def test_foreign_templates_that_cannot_serve_are_refused_in_one_line(tokenizer: 
     theirs.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         chat_format(theirs)
+
+
+@pytest.mark.parametrize(
+    ("specials", "end"),
+    [
+        (("<|im_start|>", "<|im_end|>"), "<|im_end|>"),
+        (("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "<|eot_id|>"),
+        ((), "<|endoftext|>"),
+    ],
+)
+def test_a_template_without_marks_is_replaced_by_one_of_its_family(
+    tokenizer: Tokenizer, specials: tuple[str, ...], end: str
+):
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    backend.add_special_tokens([tokenizers.AddedToken(name, special=True) for name in specials])
+    foreign = Tokenizer(backend, chat_template="{{ messages[0]['content'] }}")
+    foreign.chat_template = training_template(foreign)
+    chat = chat_format(foreign)
+    ids, mask = chat.encode(TWO)
+    assert learned_text(foreign, ids, mask) == f"on the mat{end}it sat{end}"
+    assert chat.stop_ids[0] == foreign.special_id(
+        end
+    )  # where generation stops is what was learned as the end
+    prompt = chat.prompt(TWO[:2])
+    assert ids[: len(prompt)] == prompt and mask[len(prompt)]
+    assert (
+        training_template(foreign) == foreign.chat_template and training_template(tokenizer) == CHAT_TEMPLATE
+    )
 
 
 # Data sets
