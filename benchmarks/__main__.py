@@ -21,6 +21,9 @@ CPU = (
     "deduplication",
     "tokenization",
     "data_preparation",
+    "sft_speed",
+    "dpo_speed",
+    "grpo_speed",
 )
 GPU = ("gpu_pretraining",)
 

@@ -97,16 +97,21 @@ class GRPOResult:
         return int(sum(one["tokens"] for one in self.rounds))
 
 
-def grpo_loss(objective: Objective, temperature: float = 1.0, *, chunk_size: int | None = None) -> Loss:
+def grpo_loss(
+    objective: Objective, temperature: float = 1.0, *, chunk_size: int | None = None, group_size: int = 1
+) -> Loss:
     """The loss of a batch from `RolloutSource`, for `fit`: (model, batch) -> (sum, count, metrics).
 
     The sum over the count is the negative of Shao et al. (2024), eq. 3, or of what `objective` makes of it. Metrics are
-    those of `policy_loss`, and the mean reward and response length of the (last) micro-batch.
+    those of `policy_loss`, and the mean reward and response length of the (last) micro-batch. A `group_size` above 1
+    says that the rows come in groups that read their prompt together.
     """
 
     def loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Any]]:
         tokens, targets = batch["tokens"], batch["targets"]
-        log_probs = sampled_log_probs(model, tokens, targets, temperature, chunk_size=chunk_size)  # (B, T)
+        log_probs = sampled_log_probs(
+            model, tokens, targets, temperature, chunk_size=chunk_size, group_size=group_size
+        )  # (B, T)
         mask = targets != IGNORE
         total, count, metrics = policy_loss(
             log_probs,
@@ -166,7 +171,12 @@ def train_grpo(
         world_size=world.size,
     )
     rollouts = settings.rollouts
-    loss = grpo_loss(settings.objective, rollouts.temperature, chunk_size=rollouts.chunk_size)
+    loss = grpo_loss(
+        settings.objective,
+        rollouts.temperature,
+        chunk_size=rollouts.chunk_size,
+        group_size=rollouts.shared,
+    )
     result = fit(
         model,
         source,

@@ -1,7 +1,8 @@
 """Log-probabilities of responses: what every alignment loss is made of.
 
 The logits are the largest tensor of a training step, and a loss on responses needs them only at the positions whose
-next token belongs to a response. So these functions pick those positions first and apply the softmax to them alone.
+next token belongs to a response. So these functions pick those positions first and apply the softmax to them alone; the
+feed-forward layer of the last block, which nothing but the head reads, runs there alone too.
 
 Shapes: B rows, T positions, V vocab_size, D d_model, M positions of the batch that have a target.
 """
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llmcourse.data.packing import IGNORE
 from llmcourse.models.attention import Cache
+from llmcourse.models.transformer import Block, Transformer
 
 
 def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
@@ -39,6 +41,7 @@ def response_log_probs(
     tokens: Tensor,
     targets: Tensor,
     *,
+    temperature: float = 1.0,
     chunk_size: int | None = None,
     cache: Cache | None = None,
 ) -> Tensor:
@@ -52,6 +55,7 @@ def response_log_probs(
         model: called with tokens (B, T), gives logits (B, T, V).
         tokens: prompts and responses, padded at their ends.
         targets: see above.
+        temperature: divides the logits.
         chunk_size: positions that go through the head at a time. The backward pass then computes each chunk's
             logits again, so that only chunk_size x V of them are alive at once, for the price of one more product
             with the head. `None` takes all M together.
@@ -67,20 +71,52 @@ def response_log_probs(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size}: give at least 1, or None for all positions together")
     if not (hasattr(model, "hidden_states") and hasattr(model, "head")):
-        return token_log_probs(model(tokens) if cache is None else model(tokens, cache), targets)
+        logits = model(tokens) if cache is None else model(tokens, cache)
+        return token_log_probs(logits / temperature, targets)
     mask = targets != IGNORE  # (B, T)
-    hidden, chosen = model.hidden_states(tokens, cache)[mask], targets[mask]  # (M, D), (M,)
-    if chunk_size is None:
-        return _spread(_log_probs(model.head(hidden), chosen), mask)
+    hidden, chosen = hidden_at(model, tokens, mask, cache), targets[mask]  # (M, D), (M,)
 
     def through_head(part: Tensor, part_targets: Tensor) -> Tensor:
-        return _log_probs(model.head(part), part_targets)
+        logits = model.head(part)
+        return _log_probs(logits if temperature == 1 else logits / temperature, part_targets)
 
+    if chunk_size is None:
+        return _spread(through_head(hidden, chosen), mask)
     parts = [
         checkpoint(through_head, part, part_targets, use_reentrant=False)
         for part, part_targets in zip(hidden.split(chunk_size), chosen.split(chunk_size), strict=True)
     ]
     return _spread(torch.cat(parts), mask)
+
+
+def hidden_at(model: nn.Module, tokens: Tensor, mask: Tensor, cache: Cache | None = None) -> Tensor:
+    """`model.hidden_states(tokens, cache)[mask]` with less work: tokens (B, T) int64, mask (B, T) bool -> (M, D).
+
+    Only attention mixes positions. Behind that of the last block, the rest is computed for the M positions alone. A
+    block that something else watches or replaces runs as a whole.
+    """
+    watched = not isinstance(model, Transformer) or _is_watched(model.blocks[-1])
+    n_before = 0 if cache is None else cache.longest
+    if (
+        watched or n_before + tokens.shape[1] > model.config.context_length
+    ):  # which the model refuses in its words
+        return model.hidden_states(tokens, cache)[mask]
+    cos, sin = model.rope(tokens.shape[1], cache)
+    attended = None if cache is None else cache.mask(tokens.shape[1])
+    x = model.embedding(tokens)  # (B, T, D)
+    *blocks, last = model.blocks
+    for layer, block in enumerate(blocks):
+        x = block(x, cos, sin, cache, layer, attended)
+    x = x + last.attention(last.attention_norm(x), cos, sin, cache, len(blocks), attended)
+    x = x[mask]  # (M, D)
+    if cache is not None:
+        cache.advance(tokens.shape[1])
+    return model.final_norm(x + last.mlp(last.mlp_norm(x)))
+
+
+def _is_watched(block: nn.Module) -> bool:
+    hooks = (block._forward_hooks, block._forward_pre_hooks, block._backward_hooks, block._backward_pre_hooks)
+    return type(block) is not Block or any(hooks)
 
 
 def response_lengths(targets: Tensor) -> Tensor:

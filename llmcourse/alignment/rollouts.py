@@ -20,6 +20,7 @@ from llmcourse import runtime
 from llmcourse.alignment.log_probs import response_log_probs, trim
 from llmcourse.alignment.policy_losses import constant_groups, group_advantages
 from llmcourse.alignment.rewards import Scorer, checked
+from llmcourse.alignment.shared_prompt import group_log_probs
 from llmcourse.data.packing import IGNORE
 from llmcourse.inference.generation import TextCodec, generate
 from llmcourse.inference.sampling import SamplingParams
@@ -53,6 +54,9 @@ class RolloutSettings:
     """rows that are generated together"""
     chunk_size: int | None = None
     """positions that go through the output head at a time in training; see `response_log_probs`"""
+    share_prompt: bool = False
+    """send each prompt through the model once for its whole group in training, see `group_log_probs`: the same numbers,
+    fewer positions; good for responses that are not much longer than their prompts"""
     drop_cut: bool = False
     """leave responses out of the loss that were cut at max_new_tokens (Yu et al., 2025, section 3.4)"""
     seed: int = 0
@@ -74,6 +78,15 @@ class RolloutSettings:
                 f"micro_batch={self.micro_batch} does not divide the {self.rows} rows of a round, "
                 f"{self.prompts} prompts x {self.group_size}"
             )
+        if self.share_prompt and self.micro_batch % self.group_size:
+            raise ValueError(
+                f"micro_batch={self.micro_batch} cuts groups of {self.group_size}: share_prompt needs whole groups"
+            )
+
+    @property
+    def shared(self) -> int:
+        """Rows of a micro-batch that stand together and read one prompt."""
+        return self.group_size if self.share_prompt else 1
 
     @property
     def rows(self) -> int:
@@ -99,7 +112,8 @@ class RolloutSource:
       one optimizer step, since in the first the policy is still the one that wrote
     * "ref_log_probs" (B, T) float32: only with a reference
 
-    Within one step the rows are sorted by length, which saves padding; over several they are shuffled.
+    Within one step the rows are sorted by length, which saves padding; over several they are shuffled. With
+    `share_prompt`, groups are, and their rows stay together.
     """
 
     def __init__(
@@ -189,10 +203,15 @@ class RolloutSource:
 
     def _order(self, epoch: int) -> Tensor:
         """Rows of the round in the order of an epoch, (rows,)."""
+        size = self.settings.shared
         if self.is_on_policy:
-            return (self._rows["targets"] != IGNORE).cumsum(dim=1).argmax(dim=1).argsort(stable=True)
-        generator = torch.Generator().manual_seed(self._seed("order", epoch))
-        return torch.randperm(self.settings.rows, generator=generator).to(self._rows["tokens"].device)
+            ends = (self._rows["targets"] != IGNORE).cumsum(dim=1).argmax(dim=1)
+            order = ends.view(-1, size).sum(dim=1).argsort(stable=True)
+        else:
+            generator = torch.Generator().manual_seed(self._seed("order", epoch))
+            order = torch.randperm(self.settings.rows // size, generator=generator)
+        rows = order[:, None] * size + torch.arange(size, device=order.device)
+        return rows.flatten().to(self._rows["tokens"].device)
 
     def _seed(self, *what: object) -> int:
         """A seed for this round's choices, the same after a resume."""
@@ -262,7 +281,8 @@ class RolloutSource:
                     rows["targets"].split(self.settings.micro_batch),
                     strict=True,
                 )
-                log_probs = [sampled_log_probs(model, *part, self.settings.temperature) for part in parts]
+                options = {"temperature": self.settings.temperature, "group_size": self.settings.shared}
+                log_probs = [sampled_log_probs(model, *part, **options) for part in parts]
                 found[name] = torch.cat(log_probs)
         return found
 
@@ -299,25 +319,16 @@ def sampled_log_probs(
     temperature: float = 1.0,
     *,
     chunk_size: int | None = None,
+    group_size: int = 1,
 ) -> Tensor:
-    """`response_log_probs` of the policy that samples at a temperature: of logits divided by it, (B, T) float32."""
-    policy = model if temperature == 1 else _AtTemperature(model, temperature)
-    return response_log_probs(policy, tokens, targets, chunk_size=chunk_size)
+    """Log-probs of the policy that samples at a temperature, from logits divided by it, (B, T) float32.
 
-
-class _AtTemperature:
-    """A model with its logits divided; it has `hidden_states` if the model has."""
-
-    def __init__(self, model: nn.Module, temperature: float) -> None:
-        self._model, self._temperature = model, temperature
-        if hasattr(model, "hidden_states"):
-            self.hidden_states = model.hidden_states
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        return self._model(tokens) / self._temperature
-
-    def head(self, hidden: Tensor) -> Tensor:
-        return self._model.head(hidden) / self._temperature
+    See `response_log_probs`; with a group size above 1, `group_log_probs`.
+    """
+    options = {"temperature": temperature, "chunk_size": chunk_size}
+    if group_size > 1:
+        return group_log_probs(model, tokens, targets, group_size, **options)
+    return response_log_probs(model, tokens, targets, **options)
 
 
 def _pad(prompts: list[list[int]], responses: list[list[int]], skip: list[bool]) -> Batch:

@@ -1,18 +1,20 @@
-"""A pair in one row: the prompt goes through the model once, both answers attend to it and not to each other.
+"""Several answers in one row: their prompt goes through the model once, all attend to it and not to one another.
 
 Two rows a pair read the prompt twice. With a prompt of P tokens and answers of C and R, one row has P + C + R positions
-in place of 2 P + C + R, and gives the same log-probabilities and gradients.
+in place of 2 P + C + R, and gives the same log-probabilities and gradients. For a group of N responses to one prompt,
+as in GRPO, one row saves N - 1 prompts; the attention of a row grows with the square of its length, though.
 
-Shapes: B pairs, T slots of a row.
+Shapes: B pairs or responses, T slots of a row, G groups, N responses of a group, S slots of a group's row.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from llmcourse.alignment.log_probs import response_log_probs
 from llmcourse.data.epoch_batches import Batch, EpochBatches
 from llmcourse.data.packing import IGNORE
 
@@ -25,7 +27,8 @@ class SharedPrompt:
     Nothing is stored between calls.
 
     Args:
-        segments: (B, T) int64, what each slot belongs to: 0 prompt, 1 chosen, 2 rejected, -1 padding.
+        segments: (B, T) int64, what each slot belongs to: 0 prompt, from 1 on the answers (of a pair: 1 chosen, 2
+            rejected), -1 padding.
         places: (B, T) int64, positions of the slots within prompt and answer.
     """
 
@@ -112,3 +115,69 @@ def _answer(batch: Batch, side: str, row: int) -> tuple[int, Tensor, Tensor]:
     with_target = (targets != IGNORE).nonzero().flatten()
     start, end = int(with_target[0]), int(with_target[-1]) + 1
     return start, batch[f"{side}_tokens"][row, :end], targets[:end]
+
+
+def group_log_probs(
+    model: nn.Module,
+    tokens: Tensor,
+    targets: Tensor,
+    group_size: int,
+    *,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """`response_log_probs` of rows that come in groups with one prompt each, which is read once for the group.
+
+    Args:
+        model: as there, and with `hidden_states`.
+        tokens: (B, T) int64; rows n N to (n + 1) N belong to group n.
+        targets: (B, T) int64, -100 outside the responses; a row may have none.
+        group_size: N.
+        temperature: divides the logits.
+        chunk_size: as there.
+
+    Returns:
+        (B, T) float32, 0 where there is no target.
+
+    Raises:
+        ValueError: B is no multiple of the group size, or the rows of a group have different prompts.
+    """
+    if len(tokens) % group_size:
+        raise ValueError(f"{len(tokens)} rows do not divide into groups of {group_size}: give whole groups")
+    groups = zip(tokens.split(group_size), targets.split(group_size), strict=True)
+    found = [_group_row(*group, number) for number, group in enumerate(groups)]
+    fills = (0, IGNORE, PADDING, 0)
+    shared_tokens, shared_targets, segments, places = (
+        pad_sequence(list(parts), batch_first=True, padding_value=fill)
+        for parts, fill in zip(zip(*found, strict=True), fills, strict=True)
+    )  # (G, S) each
+    log_probs = response_log_probs(
+        model, shared_tokens, shared_targets,
+        temperature=temperature, chunk_size=chunk_size, cache=SharedPrompt(segments, places),
+    )  # fmt: skip
+    # the targets follow one another in the same order here and there
+    values = log_probs[shared_targets != IGNORE]
+    return torch.zeros(tokens.shape, device=tokens.device).masked_scatter(targets != IGNORE, values)
+
+
+def _group_row(tokens: Tensor, targets: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens, targets, segments and places, (slots,) each, of a group's rows (N, T) in one."""
+    written = targets != IGNORE  # (N, T)
+    kept = written.any(dim=1)
+    if not bool(kept.any()):
+        return tokens[0, :1], targets[0, :1], torch.zeros_like(tokens[0, :1]), torch.zeros_like(tokens[0, :1])
+    tokens, targets, written = tokens[kept], targets[kept], written[kept]
+    start = int(written[0].int().argmax())
+    same = (tokens[:, : start + 1] == tokens[0, : start + 1]).all() and written[:, start].all()
+    if not bool(same) or bool(written[:, :start].any()):
+        raise ValueError(f"group {number} has several prompts: give rows in whole groups, or do not share")
+    slots = torch.arange(tokens.shape[1], device=tokens.device)
+    used = (slots >= start) & (written.flip(1).cumsum(dim=1).flip(1) > 0)  # up to each row's last target
+    answers = torch.arange(1, len(tokens) + 1, device=tokens.device)[:, None].expand_as(tokens)
+    prompt = tokens[0, :start]
+    return (
+        torch.cat((prompt, tokens[used])),
+        torch.cat((torch.full_like(prompt, IGNORE), targets[used])),
+        torch.cat((torch.full_like(prompt, PROMPT), answers[used])),
+        torch.cat((slots[:start], slots.expand_as(tokens)[used])),
+    )
