@@ -24,6 +24,7 @@ CPU = (
     "sft_speed",
     "dpo_speed",
     "grpo_speed",
+    "stages",
 )
 GPU = ("gpu_pretraining",)
 

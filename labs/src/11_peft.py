@@ -89,15 +89,15 @@ from llmcourse.training.fit import FitSettings, fit
 
 SIZES = {
     "cpu": {
-        "steps": 40, "n_seeds": 3, "held_out": 256, "others": 64, "new_facts_steps": 80, "ranks": (1, 4, 16),
+        "steps": 60, "n_seeds": 3, "held_out": 256, "others": 32, "high_rank": 16,
         "rates": {"full": (3e-4, 1e-3, 3e-3), "LoRA": (3e-3, 1e-2, 3e-2), "adapters": 1e-2, "prompt": 3e-1},
     },
     "gpu": {
-        "steps": 100, "n_seeds": 5, "held_out": 512, "others": 128, "new_facts_steps": 150, "ranks": (1, 4, 16, 64),
+        "steps": 120, "n_seeds": 5, "held_out": 512, "others": 128, "high_rank": 64,
         "rates": {"full": (3e-5, 1e-4, 3e-4), "LoRA": (3e-4, 1e-3, 3e-3), "adapters": 1e-3, "prompt": 1e-1},
     },
     "smoke": {
-        "steps": 2, "n_seeds": 2, "held_out": 8, "others": 4, "new_facts_steps": 2, "ranks": (1, 4),
+        "steps": 2, "n_seeds": 2, "held_out": 8, "others": 4, "high_rank": 8,
         "rates": {"full": (1e-3,), "LoRA": (1e-2,), "adapters": 1e-2, "prompt": 3e-1},
     },
 }  # fmt: skip
@@ -128,7 +128,7 @@ results = {"preset": PRESET, "corpus": CORPUS, "seed": SEED, "model": MODEL, "st
 #
 # **Why.** A matrix with a million numbers can be changed by a product of two thin ones with a few thousand, $W + s\,BA$. Everything that training keeps for each trained number shrinks with them.
 #
-# The model is the assistant of chapter 08: the base model, fine-tuned on requests about the town. If this machine has not trained it yet, it does so now.
+# The model is the course's assistant: the base model, fine-tuned on requests about the town as in [chapter 10](../book/posttraining/finetuning.md). If this machine has not trained it yet, it does so now.
 
 # %%
 stage = {"preset": "cpu" if PRESET == "smoke" else PRESET, "corpus": CORPUS, "seed": SEED, "model": MODEL}
@@ -344,22 +344,24 @@ print(
 results["before"] = {name: before[name] for name in ("accuracy", "loss", "others")}
 
 # %% [markdown]
-# **Predict.** Sketch the final loss against the learning rate for full fine-tuning and for LoRA. How far apart are the two minima? And for LoRA of rank 1 and of rank 16, with the same $\alpha$?
+# **Predict.** Sketch the final loss against the learning rate for full fine-tuning and for LoRA. How far apart are the two minima? And those of a LoRA of rank 1 and of a high rank, with the same $\alpha$?
 
 # %%
-rates, ranks = sizes["rates"], sizes["ranks"]
-planned = [("full", 0, lr) for lr in rates["full"]] + [
-    (f"LoRA, rank {r}", r, lr) for r in ranks for lr in rates["LoRA"]
-]
+rates, high = sizes["rates"], sizes["high_rank"]
+sweep_steps = max(2, 2 * sizes["steps"] // 3)  # the rate is found on shorter runs
+planned = [("full", 0, lr) for lr in rates["full"]]
+planned += [(f"LoRA, rank {rank}", rank, lr) for rank in (1, high) for lr in rates["LoRA"]]
 sweep = {}
 for name, rank, lr in progress(planned, description="learning rates", unit="run"):
     model = with_lora(rank, seed=SEED + 1000) if rank else copy.deepcopy(assistant)
-    train(model, train_data, lr, seed=SEED + 1000)
+    train(model, train_data, lr, seed=SEED + 1000, steps=sweep_steps)
     sweep.setdefault(name, {})[lr] = {
         "loss": nats_per_target(model, to_choose_data),
         "forgotten": nats_per_target(model, others_data) - before["others"],
     }
 best = {name: min(tried, key=lambda lr: tried[lr]["loss"]) for name, tried in sweep.items()}
+of_lora = [tried for name, tried in sweep.items() if name != "full"]
+best["LoRA"] = min(rates["LoRA"], key=lambda lr: sum(tried[lr]["loss"] for tried in of_lora))
 for name, tried in sweep.items():
     print(
         f"{name:>13}: "
@@ -369,18 +371,18 @@ for name, tried in sweep.items():
 figure = plotting.lines(
     {name: (list(tried), [m["loss"] for m in tried.values()]) for name, tried in sweep.items()},
     xlabel="learning rate", ylabel="loss on the task, nats per target", logx=True, logy=True, markers=True,
-    title=f"{sizes['steps']} steps, one seed",
+    title=f"{sweep_steps} steps, one seed",
 )  # fmt: skip
 plotting.show(
     figure,
-    alt="Loss against learning rate on logarithmic axes: a valley for full fine-tuning, and valleys for LoRA at three ranks "
+    alt="Loss against learning rate on logarithmic axes: a valley for full fine-tuning, and valleys for LoRA at two ranks "
     "that lie together, about ten times further to the right.",
 )
 results["sweep"] = {name: {f"{lr:g}": m for lr, m in tried.items()} for name, tried in sweep.items()}
-results["best"] = best
+results |= {"best": best, "sweep_steps": sweep_steps}
 
 # %% [markdown]
-# **Read the result.** LoRA wants a rate about ten times that of full fine-tuning, and nearly the same one at every rank. Someone who takes over the rate of full fine-tuning finds that LoRA "does not reach" it; someone who raises $\alpha$ with the rank finds that "high ranks are unstable". Both have measured a learning rate.
+# **Read the result.** LoRA wants a rate about ten times that of full fine-tuning, and nearly the same one at a low and a high rank. Someone who takes over the rate of full fine-tuning finds that LoRA "does not reach" it; someone who raises $\alpha$ with the rank may find that "high ranks are unstable". Both have measured a learning rate.
 #
 # **Predict.** At their best rates, over seeds: who learns the task better, and who forgets less?
 
@@ -419,14 +421,14 @@ def difference(name, against):
     return paired_bootstrap(*means)
 
 
+HEAD = (
+    f"{'':>22} {'trained':>9}  {'right':<22}  {'loss on the task':<21} {'on the other tasks':<21} difference"
+)
 runs, kept = {}, {}
 by_seed("full", lambda seed: copy.deepcopy(assistant), train_data, best["full"])
-for rank in ranks:
-    name = f"LoRA, rank {rank}"
-    by_seed(name, lambda seed, rank=rank: with_lora(rank, seed=seed), train_data, best[name])
-print(
-    f"{'':>22} {'trained':>9}  right                   loss on the task      loss on the other tasks   minus full"
-)
+for rank in (1, 4):
+    by_seed(f"LoRA, rank {rank}", lambda seed, r=rank: with_lora(r, seed=seed), train_data, best["LoRA"])
+print(HEAD)
 for name in runs:
     show_row(name, None if name == "full" else "full")
 
@@ -436,23 +438,25 @@ lora_minus_full = difference(LORA, "full")
 trade = {
     ("full fine-tuning" if name == "full" else name): (
         [tried[lr]["loss"] for lr in sorted(tried)],
-        [tried[lr]["forgotten"] for lr in sorted(tried)],
+        [max(tried[lr]["forgotten"], 1e-3) for lr in sorted(tried)],
     )
     for name, tried in sweep.items()
 }
 figure = plotting.lines(
-    trade, xlabel="loss on the task, nats per target", ylabel="rise of the loss on the other tasks", logx=True, markers=True,
+    trade, xlabel="loss on the task, nats per target", ylabel="rise of the loss on the other tasks", logx=True, logy=True, markers=True,
     title="Learned and forgotten: the runs of the sweep, lines from low to high rate",
 )  # fmt: skip
 plotting.show(
     figure,
-    alt="Rise of the loss on other tasks against the loss on the new task, one line for each method from its lowest to its "
+    alt="Rise of the loss on other tasks against the loss on the new task on logarithmic axes, one line for each method from its lowest to its "
     "highest rate: all lines move left and up, then right and far up.",
 )
 results["lora_minus_full"] = dataclasses.asdict(lora_minus_full)
 
 # %% [markdown]
-# **Read the result.** On this task the ranks and full fine-tuning end together, within what seeds and requests leave open. What is forgotten depends on the rate first and on the method second: with a higher rate every method learns the task faster and damages more of the rest, and beyond its best rate it does both worse. "LoRA forgets less" is a finding about long runs, in which full fine-tuning moves far in many directions; a short run with a rate ten times as high has no such advantage. If forgetting matters, lower the rate, or mix in old data, before you change the method.
+# **Read the result.** Full fine-tuning and LoRA end within a few points of each other, even rank 1 with a hundredth of the numbers; the last column, request by request, says how many. A Student interval over so few seeds is wide, and does not know that shares end at 100 %.
+#
+# What is forgotten depends on the rate first and on the method second: with a higher rate every method learns the task faster and damages more of the rest, and beyond its best rate it does both worse. In the figure the lines lie close together, and each is long. "LoRA learns less and forgets less" is a finding about long runs, in which full fine-tuning moves far in many directions. If forgetting matters here, lower the rate, or mix in old data, before you change the method.
 #
 # **Exercise 3.** Merge: one matrix that does what base and adapter do together. Add in float32, round once to the dtype of `weight`, leave `weight` alone.
 
@@ -481,8 +485,9 @@ check("peft/lora_merge", my_lora_merge)
 
 # %%
 def milliseconds(model):
-    """Median time of one forward pass of 16 tokens, without gradient."""
-    times, tokens = [], batch["tokens"][:1, :16]
+    """Median time of one forward pass of 16 tokens, without gradient, on one thread of the CPU or on the GPU."""
+    times, tokens, threads = [], batch["tokens"][:1, :16], torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a product is not worth two
     with torch.inference_mode():
         for _ in range(30):
             synchronize(device)
@@ -490,6 +495,7 @@ def milliseconds(model):
             model(tokens)
             synchronize(device)
             times.append(1e3 * (time.perf_counter() - began))
+    torch.set_num_threads(threads)
     return statistics.median(times)
 
 
@@ -507,7 +513,7 @@ print("one forward pass of 16 tokens: " + ", ".join(f"{name} {ms:.2f} ms" for na
 results["merge"] = {"error": merge_error, "milliseconds": speed}
 
 # %% [markdown]
-# **Read the result.** Addition and multiplication are not associative in floating point, so the two differ in the last digits, and no more. Unmerging is exact because the package keeps the base weight and drops the sum. Merged, the model is as fast as the base; unmerged, it launches two more small products for each matrix, which on a model of this size is most of the time.
+# **Read the result.** Addition and multiplication are not associative in floating point, so the two differ in the last digits, and no more. Unmerging is exact because the package keeps the base weight and drops the sum. Merged, the model is as fast as the base; unmerged, it launches two more products for each matrix, and on a model of this size a small product takes nearly as long as a large one.
 
 # %% [markdown]
 # ## 3. Rank, scale, and which matrices
@@ -538,17 +544,15 @@ def fact_requests(wording):
 
 new_facts, asked_anew = encode(fact_requests(0) + fact_requests(1)), fact_requests(2)
 knowledge = {}
-for name, rank in [("full", 0)] + [(f"LoRA, rank {rank}", rank) for rank in (min(ranks), max(ranks))]:
+for name, rank in (("full", 0), ("LoRA, rank 1", 1), ("LoRA, rank 4", 4)):
     knowledge[name] = {"curves": [], "right": [], "forgotten": []}
     for seed in progress(seeds, description=f"new facts, {name}", unit="run"):
         model = with_lora(rank, seed=seed) if rank else copy.deepcopy(assistant)
-        curve = train(model, new_facts, best[name], seed=seed, steps=sizes["new_facts_steps"])
+        curve = train(model, new_facts, best["LoRA" if rank else "full"], seed=seed)
         knowledge[name]["curves"].append(curve)
         knowledge[name]["right"].append(statistics.fmean(answers_right(model, asked_anew)))
         knowledge[name]["forgotten"].append(nats_per_target(model, others_data) - before["others"])
-print(
-    f"{len(asked_anew)} new facts after {sizes['new_facts_steps']} steps, asked in a wording that was not trained"
-)
+print(f"{len(asked_anew)} new facts after {sizes['steps']} steps, asked in a wording that was not trained")
 for name, row in knowledge.items():
     print(
         f"{name:>13}: right {seed_interval(row['right']):.1%}; other tasks {seed_interval(row['forgotten']):+.3f} nats"
@@ -573,41 +577,63 @@ for title, curves in (
         alt=f"{title}: training loss against step for full fine-tuning and LoRA of different ranks on a logarithmic axis; the "
         "ranks begin together.",
     )
-results["knowledge"] = knowledge
+results["knowledge"] = {
+    name: {key: row[key] for key in ("right", "forgotten")} for name, row in knowledge.items()
+}
 
 # %% [markdown]
-# **Read the result.** With $s = \alpha / r$ and one $\alpha$, all ranks begin with the same curve: each step averages over more directions, not over a longer one. On the style they stay together. On the facts rank 1 falls behind after some steps, though its numbers could hold these facts many times over (192 facts of 4 bits each): what runs short first is not storage but the number of directions in which a few steps can move. Watch the last column, too. Facts about strangers cost more of the old skills than a style does.
+# **Read the result.** On the style all curves stay together. The facts tell them apart: in the same steps full fine-tuning has learned the most and rank 1 the least. Storage is not what runs short, since 192 facts of 4 bits each fit many times over into the thousands of numbers of rank 1. What runs short seems to be the number of directions in which a few steps can move. Given several times as many steps, rank 1 learns nearly all of these facts too.
 #
-# **Run: the scale, and the place.** First rsLoRA, $s = \alpha / \sqrt{r}$, at the highest rank. Then three adapters of about the same number of parameters: on the attention matrices alone, on the feed-forward matrices alone, on both.
+# **Run: the scale, and the place.** First the beginning of a run at rank 1, at a high rank, and at the high rank with rsLoRA, $s = \alpha / \sqrt{r}$. Then about the numbers of rank 4 on all matrices, spent on the attention matrices alone and on the feed-forward matrices alone.
 
 # %%
-top = max(ranks)
-by_seed("rsLoRA, rank " + str(top), lambda seed: with_lora(top, seed=seed, rslora=True), train_data, best[LORA])  # fmt: skip
-places = {"attention": ("query", "key", "value", "output"), "feed-forward": ("gate", "up", "down"), "all": LINEARS}  # fmt: skip
+first_steps = {}
+for name, rank, rslora in (
+    ("rank 1", 1, False),
+    (f"rank {high}", high, False),
+    (f"rsLoRA, rank {high}", high, True),
+):
+    starts = [
+        train(
+            with_lora(rank, seed=seed, rslora=rslora),
+            train_data,
+            best["LoRA"],
+            seed=seed,
+            steps=min(10, sizes["steps"]),
+        )
+        for seed in seeds
+    ]
+    first_steps[name] = [statistics.fmean(curve[1:]) for curve in starts]
+    differences = [a - b for a, b in zip(first_steps[name], first_steps["rank 1"], strict=True)]
+    print(
+        f"{name:>16}: mean training loss of steps 2 to 10 {statistics.fmean(first_steps[name]):.3f}; "
+        f"minus that of rank 1, seed by seed: {', '.join(f'{one:+.3f}' for one in differences)}"
+    )
+results["first_steps"] = first_steps
+
+# %%
+places = {"attention": ("query", "key", "value", "output"), "feed-forward": ("gate", "up", "down")}
 numbers = {
-    place: trainable_share(with_lora(1, targets=targets)).trainable for place, targets in places.items()
+    place: trainable_share(with_lora(1, targets=targets)).trainable
+    for place, targets in (places | {"all": LINEARS}).items()
 }
 equal_numbers = []
 for place, targets in places.items():
-    rank = max(1, round(2 * numbers["all"] / numbers[place]))  # as many numbers as rank 2 on all of them
+    rank = max(1, round(4 * numbers["all"] / numbers[place]))  # as many numbers as rank 4 on all of them
     name = f"{place}, rank {rank}"
     equal_numbers.append(name)
-    by_seed(name, lambda seed, r=rank, t=targets: with_lora(r, seed=seed, targets=t), train_data, best[LORA])
-first_steps = {
-    name: statistics.fmean(statistics.fmean(m["curve"][1:8]) for m in runs[name])
-    for name in (f"LoRA, rank {min(ranks)}", f"LoRA, rank {top}", f"rsLoRA, rank {top}")
-}
-print(
-    "mean training loss of steps 2 to 8: "
-    + ", ".join(f"{name} {loss:.3f}" for name, loss in first_steps.items())
-)
-print(f"\n{'':>22} {'trained':>9}  right                   loss on the task      loss on the other tasks")
-for name in list(runs)[-4:]:
+    by_seed(
+        name, lambda seed, r=rank, t=targets: with_lora(r, seed=seed, targets=t), train_data, best["LoRA"]
+    )
+print(HEAD)
+for name in (LORA, *equal_numbers):
     show_row(name)
-results["first_steps"] = first_steps
+results["equal_numbers"] = equal_numbers
 
 # %% [markdown]
-# **Read the result.** rsLoRA takes longer steps, four times as long at rank 16, with everything that a higher rate brings: a faster start, and more damage at the end if the rate is not lowered. It is a different parametrization, not a better one. As for the place: published comparisons at scale find that adapters on the feed-forward layers win at equal numbers. Whether a small model and a change of wording can show that, the intervals tell; a difference inside them is none. All matrices is the choice that is never far from the best.
+# **Read the result.** The first step is a mean over $r$ random directions. With $s = \alpha / r$ its drift down the gradient is the same for all ranks, and its noise shrinks with $r$: a high rank begins a little better than rank 1, not $r$ times as fast. rsLoRA makes the step $\sqrt{r}$ times as long, with everything that a higher rate brings. It is another parametrization, and a comparison with it is one of learning rates unless both are tuned.
+#
+# As for the place: at equal numbers attention alone ends with the higher loss in every seed, as in published comparisons at scale, and it has forgotten the least, because it has moved the least. In accuracy the two may be too close to tell. All matrices together is the choice that needs no such test.
 #
 # **Exercise 4.** DoRA: $m$ times the rows of $W + sBA$, each divided by its length. No gradient flows through the lengths.
 #
@@ -763,11 +789,9 @@ by_seed(
     "QLoRA, rank 4",
     lambda seed: with_lora(4, base=quantized, seed=seed),
     train_data,
-    best[LORA],
+    best["LoRA"],
 )
-print(
-    f"{'':>22} {'trained':>9}  right                   loss on the task      loss on the other tasks   minus LoRA"
-)
+print(HEAD)
 show_row(LORA)
 show_row("QLoRA, rank 4", LORA)
 qlora_minus_lora = difference("QLoRA, rank 4", LORA)
@@ -777,7 +801,7 @@ results["qlora"] = {
 }  # fmt: skip
 
 # %% [markdown]
-# **Read the result.** An error of several percent in every weight sounds like much and changes the loss by little, because the errors of a row are independent and average out in the sum. QLoRA's answers are those of LoRA within the interval. The codes carry nearly all of their 4 bits at a block of 64; with larger blocks the scale is set by ever rarer outliers, the outer levels starve, and the error grows.
+# **Read the result.** An error of several percent in every weight sounds like much and changes the loss by little. It is noise without a direction, and averages out where many terms of a sum agree, which is what a trained layer is made of. QLoRA ends within a few points of LoRA; the interval says whether there is a difference at all. The codes carry nearly all of their 4 bits at a block of 64; with larger blocks the scale is set by ever rarer outliers, the outer levels starve, and the error grows.
 #
 # **Predict.** A training step keeps weights, gradients, optimizer states, and what the forward pass saves for the backward pass. Which of the four does LoRA shrink, which does QLoRA, and which neither?
 
@@ -886,7 +910,7 @@ if device.type == "cuda":
     results["billion"] |= {"measured": peak_bytes, "tokens_per_second": tokens_per_second}
 
 # %% [markdown]
-# With one row of a thousand tokens the weights are already not the largest part. The logits of a vocabulary of 128 thousand entries cost as much as the whole coded model: at this size the place to save next is the loss.
+# With one row of a thousand tokens the weights are already not the largest part. The logits and their gradients, three tensors of 1 024 by 128 256 numbers in float32, take more than all weights together: after checkpointing, the place to save next is the loss.
 
 # %% [markdown]
 # ## 5. Networks behind, tokens in front
@@ -920,7 +944,7 @@ check("peft/prepend_prompt", my_prepend_prompt)
 #
 # </details>
 #
-# **Predict.** Order the four methods by what they reach in the same number of steps: full, LoRA of rank 1, adapters of width 4 (as many numbers as that LoRA), a prompt of 20 tokens.
+# **Predict.** Order the four methods by what they reach in the same number of steps: full, LoRA of rank 1, adapters of width 4 (about as many numbers as that LoRA), a prompt of 20 tokens.
 
 
 # %%
@@ -943,10 +967,8 @@ def prompted_loss(model, batch):
 
 by_seed("adapters, width 4", with_adapters, train_data, rates["adapters"])
 by_seed("prompt of 20", with_prompt, train_data, rates["prompt"], loss=prompted_loss)
-print(
-    f"{'':>22} {'trained':>9}  right                   loss on the task      loss on the other tasks   minus full"
-)
-for name in ("full", f"LoRA, rank {min(ranks)}", "adapters, width 4", "prompt of 20"):
+print(HEAD)
+for name in ("full", "LoRA, rank 1", "adapters, width 4", "prompt of 20"):
     show_row(name, None if name == "full" else "full")
 speed["adapters"] = milliseconds(kept["adapters, width 4"])
 print(
@@ -954,7 +976,7 @@ print(
     + ", ".join(f"{name} {speed[name]:.2f} ms" for name in ("base", "LoRA, merged", "adapters"))
 )
 results["runs"] = {
-    name: [{key: value for key, value in m.items() if key != "right"} for m in measured]
+    name: [{key: m[key] for key in ("trained", "accuracy", "loss", "others")} for m in measured]
     for name, measured in runs.items()
 }
 
@@ -967,6 +989,8 @@ results["runs"] = {
 # Adapters travel. Ours is saved in the format of `peft` and opened there on the same base; one that `peft` made is opened here. Both must give equal logits. The codes of NF4 are compared with those of `bitsandbytes`.
 
 # %%
+# bitsandbytes, which peft imports, warns of a kernel that is not used here
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -1013,7 +1037,6 @@ for name, value in library.items():
     print(f"{name}: largest difference of logits, over the largest logit, {value:.1e}")
 
 # %%
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 equal_codes, decoded = True, []
@@ -1068,20 +1091,19 @@ if own:
     )
     claim(
         "rate",
-        all(best[f"LoRA, rank {rank}"] >= 3 * best["full"] for rank in ranks),
-        "LoRA's best rate is at least three times that of full fine-tuning, at every rank",
+        all(best[f"LoRA, rank {rank}"] >= 3 * best["full"] for rank in (1, high)),
+        "LoRA's best rate is at least three times that of full fine-tuning, at low and high rank",
     )
     claim(
         "knowledge",
         all(
-            a > b + 0.1
-            for a, b in zip(knowledge["full"]["right"], knowledge["LoRA, rank 1"]["right"], strict=True)
+            a > b for a, b in zip(knowledge["full"]["right"], knowledge["LoRA, rank 1"]["right"], strict=True)
         ),
         "in the same steps full fine-tuning learns more new facts than a LoRA of rank 1, in every seed",
     )
     claim(
         "place",
-        all(a["loss"] > b["loss"] for a, b in zip(*(runs[name] for name in equal_numbers[:2]), strict=True)),
+        all(a["loss"] > b["loss"] for a, b in zip(*(runs[name] for name in equal_numbers), strict=True)),
         "at equal numbers attention alone ends above feed-forward alone, in every seed",
     )
     claim("bits", 4.12 < bits < 4.2, "the weights of the blocks take between 4.12 and 4.2 bits each")
@@ -1099,7 +1121,7 @@ if own:
     claim(
         "activations",
         memory["LoRA, rank 4"]["saved"] > 0.8 * memory["full"]["saved"],
-        "LoRA saves no more than a fifth of the activations",
+        "LoRA lowers what the forward pass saves by less than a fifth",
     )
     claim(
         "prompt",
@@ -1120,16 +1142,18 @@ dead = with_lora(4)
 with torch.no_grad():
     for layer in lora_layers(dead).values():
         layer.a.zero_()
-dead_curve = train(dead, train_data, best[LORA], steps=5)
+dead_curve = train(dead, train_data, best["LoRA"], steps=5)
 moved = any(bool(parameter.any()) for parameter in lora_parameters(dead).values())
+dead_loss = nats_per_target(dead, held_out_data)
 print(f"training loss {', '.join(f'{loss:.3f}' for loss in dead_curve)}; a factor has moved: {moved}")
+print(f"held-out loss before {before['loss']:.3f}, after {dead_loss:.3f}")
 
 # %% [markdown]
 # **Too long a step.** An $\alpha$ a hundred times as large, at the same rate: what happens when someone reads $\alpha$ as a percentage, or loses the division by $r$ in a conversion.
 
 # %%
 strong = with_lora(4, alpha=100 * ALPHA)
-strong_curve = train(strong, train_data, best[LORA])
+strong_curve = train(strong, train_data, best["LoRA"])
 figure = plotting.lines(
     {
         "alpha as above": (list(range(sizes["steps"])), runs[LORA][0]["curve"]),
@@ -1194,9 +1218,11 @@ makers = {
     "LoRA and embedding": lambda seed: with_embedding(with_lora(4, seed=seed)),
     "full": lambda seed: copy.deepcopy(assistant),
 }
+short = sizes["steps"] // 3
 json_curves = {
     name: [
-        train(make(seed), json_data, best["full" if name == "full" else LORA], seed=seed) for seed in seeds
+        train(make(seed), json_data, best["full" if name == "full" else "LoRA"], seed=seed, steps=short)
+        for seed in seeds
     ]
     for name, make in makers.items()
 }
@@ -1204,18 +1230,17 @@ json_last = {
     name: [statistics.fmean(curve[-10:]) for curve in curves] for name, curves in json_curves.items()
 }
 for name, values in json_last.items():
-    print(f"{name:>18}: mean training loss of the last ten steps {seed_interval(values):.2f}")
+    print(f"{name:>18}: mean training loss of the last ten of {short} steps {seed_interval(values):.2f}")
 results["broken"] = {
     "alpha": strong_curve,
     "misplaced": misplaced,
-    "json": {name: [smooth(curve) for curve in curves] for name, curves in json_curves.items()},
     "json_last": json_last,
 }
 
 # %% [markdown]
-# **Diagnosis.** Four different causes, and the loss tells only two of them.
+# **Diagnosis.** Four causes, of which the training curve shows one plainly.
 #
-# 1. *A constant loss* is a missing gradient. Look at the gradient of $B$ in the first step.
+# 1. *A held-out loss that does not change in any digit* is a missing gradient. The training loss hides it: it goes up and down, because the batches differ. Look at the gradient of $B$ in the first step.
 # 2. *A loss above its start* is a step too long. Compute the length of the first $\Delta W$, in which rate, $\alpha$ and rank all enter, before you blame one of them.
 # 3. *A good loss in training and bad answers when served* is a question of which base, which template, which scale. Compare logits on one batch before you compare answers.
 # 4. *A loss that falls and stops high*, while full fine-tuning goes on, can be capacity. Here it is a part of the model that no adapter reaches: train embedding and head too (`modules_to_save` in `peft`), or ask for answers in words that the model has.
@@ -1258,4 +1283,4 @@ store_results("peft", results)
 # %% [markdown]
 # ## Next
 #
-# The chapter, [LoRA and its relatives](../book/posttraining/peft.md), derives what was measured here, from the first step to the last bit, and has exercises with solutions. Chapter 14, [Direct preference optimization](../book/posttraining/dpo.md), needs a second copy of the model as a reference; with an adapter, that copy is the same model with the adapter switched off.
+# The chapter, [LoRA and its relatives](../book/posttraining/peft.md), derives what was measured here, from the first step to the last bit, and has exercises with solutions. Chapter 14, [Direct preference optimization and its family](../book/posttraining/dpo.md), needs a second copy of the model as a reference; with an adapter, that copy is the same model with the adapter switched off.

@@ -35,7 +35,9 @@ from torch.nn import functional as F
 
 from llmcourse import pipeline, plotting
 from llmcourse.alignment import dpo
+from llmcourse.alignment.log_probs import response_log_probs
 from llmcourse.alignment.over_optimization import fit_over_optimization, sampled_kl_and_reward
+from llmcourse.alignment.preference_losses import log_ratio_margin
 from llmcourse.alignment.reference import reference_log_probs
 from llmcourse.checks import check, claim
 from llmcourse.data.chat_formats import chat_format
@@ -283,10 +285,203 @@ def train(data, *, seed=SEED, valid=None, evaluate=None, **changes):
     return policy.eval(), run
 
 
-few = encoded(pairs[: 40 if not smoke else 6])
-policy, run = train(few, steps=2 if smoke else 15, schedule="constant", warmup_steps=0)
+some = [pair for pair in pairs if pair.chosen != pair.rejected][: 4 if smoke else 32]
+few = encoded(some)
+policy, run = train(few, steps=2 if smoke else 16, schedule="constant", warmup_steps=0)
 print("step    loss  margin h  chosen ln p  rejected ln p")
-for record in run.records[:: 1 if smoke else 2]:
+for record in run.records[:: 1 if smoke else 3]:
     print(f"{record['step']:>4} {record['loss']:>7.4f} {record['margin'] / BETA:>9.2f} "
           f"{record['chosen_log_prob']:>12.2f} {record['rejected_log_prob']:>14.2f}")  # fmt: skip
-first_loss = run.records[0]["loss"]
+results["one_batch"] = {key: [r[key] for r in run.records] for key in ("loss", "chosen_log_prob", "rejected_log_prob")}
+
+# %% [markdown]
+# **Read the result.** The first loss is $\ln 2$, because a policy that equals its reference has no margin anywhere. If a run of yours starts elsewhere, its policy and its reference differ in something that you did not intend. Then look at the last two columns. The margin is a difference, and the loss does not say which side should pay for it.
+#
+# **Run: the gradient, assembled by hand.** Two ways to the same numbers. One is the loss as it is trained: a row per pair, its prompt read once for both answers, the reference's numbers from a table. The other takes chosen and rejected answers through the model in rows of their own, and puts the two gradients together with the weights of exercise 3.
+
+# %%
+settings = dpo.cpu(beta=BETA, share_prompt=True)
+batch = dpo.with_reference(reference, batches_of(few), settings, progress=False).next()
+batch = {name: value.to(device) for name, value in batch.items()}
+loss, count, _ = dpo.preference_loss(settings)(policy, batch)
+sides = [response_log_probs(policy, batch[f"{s}_tokens"], batch[f"{s}_targets"]).sum(dim=-1) for s in ("chosen", "rejected")]  # fmt: skip
+h = log_ratio_margin(*sides, batch["chosen_ref_log_probs"], batch["rejected_ref_log_probs"])
+weight = (BETA * torch.sigmoid(-BETA * h)).detach()
+by_hand = -(weight * (sides[0] - sides[1])).sum()
+flat = [
+    torch.cat([g.flatten() for g in torch.autograd.grad(value, list(policy.parameters()))]).double()
+    for value in (loss, by_hand)
+]
+gradient_error = float((flat[0] - flat[1]).norm() / flat[0].norm())
+print(f"relative difference of the two gradients: {gradient_error:.1e}")
+print(f"weights after {len(run.records)} steps: {weight.min():.4f} to {weight.max():.4f}; before the first: {BETA / 2:.4f}")
+n_slots = [int((batch["shared_segments"] >= 0).sum()), sum(int((batch[f"{s}_targets"] != -100).sum()) for s in ("chosen", "rejected"))]  # fmt: skip
+results["gradient_error"] = gradient_error
+
+# %% [markdown]
+# ## 3. What accuracy says, and what the policy writes
+#
+# **Why.** A run reports the loss and the accuracy of its implicit rewards. Neither is what we want, which is better answers. Here the true reward is a function, so both can be measured: the accuracy on held-out pairs, and the true reward of what the policy writes to held-out requests, each with its interval.
+#
+# **Exercise 4.** Implicit rewards of a batch, their margin, and the accuracy. A tie counts one half.
+#
+# <details><summary>Hint</summary>
+#
+# The reward of a response is $\beta$ times its log-ratio to the reference. The sign of the margin is −1, 0 or 1.
+#
+# </details>
+
+
+# %% exercise="implicit_rewards"
+def my_implicit_rewards(
+    chosen_log_probs, rejected_log_probs, chosen_ref_log_probs, rejected_ref_log_probs, *, beta
+):  # fmt: skip
+    """Four tensors (B,) -> {"chosen_reward", "rejected_reward", "margin", "accuracy"}, scalars."""
+    raise NotImplementedError
+
+
+# %% check="implicit_rewards"
+check("dpo/implicit_rewards", my_implicit_rewards)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def my_implicit_rewards(
+#     chosen_log_probs, rejected_log_probs, chosen_ref_log_probs, rejected_ref_log_probs, *, beta
+# ):
+#     chosen = beta * (chosen_log_probs - chosen_ref_log_probs)
+#     rejected = beta * (rejected_log_probs - rejected_ref_log_probs)
+#     margin = chosen - rejected
+#     return {
+#         "chosen_reward": chosen.mean(),
+#         "rejected_reward": rejected.mean(),
+#         "margin": margin.mean(),
+#         "accuracy": ((margin.sign() + 1) / 2).mean(),
+#     }
+# ```
+#
+# </details>
+#
+# **Predict.** The accuracy on held-out pairs starts at one half. Where will it end: near 60 %, 80 % or 95 %? And if it ends low, can the answers have become better all the same?
+
+
+# %%
+probes = [one for task in PAIRED for one in instructions.held_out(task, sizes["probes"], SEED + 2)]
+prompts = [chat.prompt(one.messages) for one in probes]
+
+
+def true_reward(number, ids):
+    """What the answer to a probe is worth."""
+    return instructions.reward(probes[number], tokenizer.decode(ids))
+
+
+def written(policy):
+    """One answer to each probe at temperature 1: KL (nats), true reward, length in tokens, three arrays (probes,)."""
+    return sampled_kl_and_reward(
+        policy, reference, prompts, true_reward, stop_id=chat.stop_ids[0], max_new_tokens=sizes["new_tokens"], seed=SEED
+    )  # fmt: skip
+
+
+def held_out_margins(policy):
+    """Implicit margins h (test pairs,) in nats, and by how much the chosen answers' ln p moved on average."""
+    chosen, rejected = log_probs_of(policy, test)
+    return (chosen - chosen_ref) - (rejected - rejected_ref), float((chosen - chosen_ref).mean())
+
+
+class Watch:
+    """An `evaluate` for the loop that keeps KL, true reward and length of every probe."""
+
+    def __init__(self):
+        self.points = []
+
+    def __call__(self, policy):
+        """Measure, and give the loop the means."""
+        self.points.append(written(policy))
+        kl, rewards, lengths = (float(values.mean()) for values in self.points[-1])
+        return {"kl": kl, "true_reward": rewards, "length": lengths}
+
+
+_, start_rewards, start_lengths = written(reference)
+print(f"true reward of the reference: {bootstrap_interval(start_rewards):.2f}")
+trained, watches = [], []
+for seed in progress(seeds, description="DPO", unit="run"):
+    labels = annotate(requests, first, second, instructions.reward, noise=0.5, seed=seed)
+    watches.append(Watch())
+    trained.append(train(encoded(labels), seed=seed, evaluate=watches[-1], eval_every=sizes["steps"] // 2))
+print(f"{'seed':>4}  {'accuracy, clear held-out pairs':<33}{'true reward minus the reference, same probes':<46}{'KL':>5}{'chosen ln p':>13}")
+accuracy, gain = [], []
+for seed, (policy, _), watch in zip(seeds, trained, watches, strict=True):
+    margins, moved = held_out_margins(policy)
+    kl, rewards, _ = watch.points[-1]
+    accuracy.append(share(agrees(margins, 0)[clear]))
+    gain.append(paired_bootstrap(rewards, start_rewards))
+    print(f"{seed:>4}  {accuracy[-1]:<33.1%}{gain[-1]:<46.2f}{kl.mean():>5.2f}{moved:>+13.2f}")
+print(f"over seeds: true reward {seed_interval([g.value for g in gain]):+.2f}")
+
+# %% [markdown]
+# **What was learned, and what it cost.** The same policies on all four tasks of the assistant, answered greedily. The pairs were about two of them.
+
+# %%
+greedy = SamplingParams(temperature=0.0, max_new_tokens=sizes["new_tokens"])
+
+
+def right_share(model, task):
+    """Share of right answers to held-out requests of a task, answered greedily."""
+    return share_right(model, tokenizer, instructions.held_out(task, sizes["probes"], SEED + 3), params=greedy)
+
+
+by_task = {}
+for task in TASKS:
+    before, *after = (right_share(model, task) for model in (reference, *(policy for policy, _ in trained)))
+    by_task[task] = {"before": before.value, "after": [one.value for one in after], "n": before.n}
+    print(f"{task:>12}: {before:.1%} before; by seed afterwards " + ", ".join(f"{a.value:.1%}" for a in after))
+results["main"] = {
+    "steps": sizes["steps"], "beta": BETA, "lr": sizes["lr"], "seeds": list(seeds), "by_task": by_task,
+    "start": start_rewards.mean(), "accuracy": [a.value for a in accuracy], "accuracy_low": [a.low for a in accuracy],
+    "gain": [g.value for g in gain], "gain_low": [g.low for g in gain], "gain_high": [g.high for g in gain],
+    "kl": [watch.points[-1][0].mean() for watch in watches],
+    "length": [watch.points[-1][2].mean() for watch in watches], "start_length": start_lengths.mean(),
+    "chosen_moved": [held_out_margins(policy)[1] for policy, _ in trained],
+}  # fmt: skip
+
+# %% [markdown]
+# **Which pairs are still pulling?** The weight of a pair at the end of training, on average over those that the annotator judged rightly and those with a mistake.
+
+# %%
+policy, labels = trained[0][0], encoded(annotate(requests, first, second, instructions.reward, noise=0.5, seed=SEED))
+now, before = log_probs_of(policy, labels), log_probs_of(reference, labels)
+h = torch.from_numpy((now[0] - before[0]) - (now[1] - before[1]))
+weight, mistaken = (BETA * torch.sigmoid(-BETA * h)).numpy(), labels.margins < 0
+print(f"{mistaken.mean():.1%} of the pairs are mistakes")
+for name, chosen in (("right", ~mistaken), ("mistaken", mistaken)):
+    if chosen.any():
+        print(f"{name:>9}: mean margin h {h.numpy()[chosen].mean():+.2f} nats, mean weight {weight[chosen].mean():.4f}")
+results["weights"] = {
+    "mistakes": float(mistaken.mean()), "right": float(weight[~mistaken].mean()),
+    "mistaken": float(weight[mistaken].mean()) if mistaken.any() else None,
+}  # fmt: skip
+
+# %% [markdown]
+# **Read the result.** READ-3
+
+# %% [markdown]
+# ## 4. Over-optimization
+#
+# **Why.** Two knobs decide how far a run goes from its reference: how soon pairs count as settled ($\beta$), and how long and how fast it trains. Turn both the wrong way, and the same pairs that improved the answers ruin them, while the numbers computed from pairs look better than before.
+#
+# **Predict.** The same pairs, $\beta = 0.01$ in place of 0.1, a constant rate twice as high. Sketch the true reward against the step. What will the training accuracy do meanwhile?
+
+# %%
+over = {"beta": 0.01, "lr": 2 * sizes["lr"], "schedule": "constant", "steps": sizes["long"], "eval_every": max(1, sizes["long"] // 5)}  # fmt: skip
+far, far_watches = [], []
+for seed in progress(seeds, description="too far", unit="run"):
+    far_watches.append(Watch())
+    labels = annotate(requests, first, second, instructions.reward, noise=0.5, seed=seed)
+    far.append(train(encoded(labels), seed=seed, evaluate=far_watches[-1], **over))
+print(f"{'step':>5}{'KL':>8}{'true reward':>13}{'length':>8}   mean over seeds")
+far_steps = [0] + [evaluation["step"] for evaluation in far[0][1].evaluations]
+origin = (np.zeros_like(start_rewards), start_rewards, start_lengths)
+curves = np.array([[[values.mean() for values in point] for point in (origin, *w.points)] for w in far_watches])
+for step, (kl, reward, length) in zip(far_steps, curves.mean(axis=0), strict=True):
+    print(f"{step:>5}{kl:>8.2f}{reward:>13.2f}{length:>8.1f}")

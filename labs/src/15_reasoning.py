@@ -24,9 +24,11 @@ MODEL = ""
 
 # %%
 import copy
+import dataclasses
 import re
 import statistics
 import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +49,7 @@ from llmcourse.inference.generation import generate
 from llmcourse.inference.sampling import SamplingParams
 from llmcourse.inference.test_time import accuracy_against_tokens, budget_forced, sample_many
 from llmcourse.labs import store_results
+from llmcourse.models import Transformer
 from llmcourse.models.pretrained import save_pretrained, state_to_hub
 from llmcourse.runtime import pick_device
 from llmcourse.training.fit import FitSettings
@@ -59,11 +62,15 @@ SIZES = {
 if PRESET not in SIZES:
     raise ValueError(f"PRESET={PRESET!r}: choose one of {', '.join(SIZES)}")
 sizes, smoke = SIZES[PRESET], PRESET == "smoke"
-own = not MODEL and CORPUS == "tinytown" and not smoke  # whether the figures are those that the claims are about
+own = not MODEL and CORPUS == "tinytown" and not smoke  # what the claims are about
 seeds = range(SEED, SEED + sizes["n_seeds"])
 lr = 1e-5 if MODEL else sizes["lr"]  # a million weights need larger steps than a hundred million
 device = pick_device("auto" if PRESET == "gpu" else "cpu")
 results = {"preset": PRESET, "corpus": CORPUS, "seed": SEED, "model": MODEL}
+warnings.filterwarnings("ignore", message="round .* the rewards of each")  # constant groups are counted below
+warnings.filterwarnings(
+    "ignore", message=".*gradient_checkpointing"
+)  # the new name is unknown to older versions
 
 # %% [markdown]
 # ## Objectives
@@ -85,7 +92,18 @@ results = {"preset": PRESET, "corpus": CORPUS, "seed": SEED, "model": MODEL}
 # %%
 stage = {"preset": "cpu" if smoke else PRESET, "corpus": CORPUS, "seed": SEED, "model": MODEL}
 loaded = pipeline.load("sft", **stage, **({"steps": 4} if smoke else {}))
-start, tokenizer = loaded.model.to(device).eval(), loaded.tokenizer
+tokenizer = loaded.tokenizer
+
+
+def without_spare_ids(model, n):
+    """The same model with the first n ids only: many have rows for ids that no token uses, and sampling may draw one."""
+    kept = {name: weight[:n] if name in ("embedding.weight", "head.weight") else weight for name, weight in model.state_dict().items()}  # fmt: skip
+    smaller = Transformer(dataclasses.replace(model.config, vocab_size=n))
+    smaller.load_state_dict(kept)
+    return smaller
+
+
+start = without_spare_ids(loaded.model, tokenizer.vocab_size).to(device).eval()
 chat = chat_format(tokenizer)
 instructions = TownInstructions(Town(pipeline.TOWN_SEED))
 held_out = instructions.held_out("sums", sizes["held_out"], SEED)
@@ -341,9 +359,7 @@ for name, some in problems.items():
         share = float(np.mean(right)) if right else None
         cross[f"{name}, {'steps' if kind else 'no steps'}"] = {"n": len(right), "right": share}
         told = f"{share:.2f} right" if right else "none"
-        print(
-            f"{name:>16}, response {'with' if kind else 'without'} steps: {len(right):>5} samples, {told}"
-        )
+        print(f"{name:>16}, response {'with' if kind else 'without'} steps: {len(right):>5} samples, {told}")
 results["cross"] = cross
 
 # %% [markdown]
@@ -584,7 +600,7 @@ def reinforce(seed, scorer="right answer", *, steps, every, objective=None, rate
 at_start = look(start)
 start.eval()
 runs = [reinforce(seed, steps=sizes["steps"], every=sizes["every"]) for seed in seeds]
-for seed, (policy, run, seen) in zip(seeds, runs, strict=True):
+for seed, (_, run, seen) in zip(seeds, runs, strict=True):
     print(f"seed {seed}: right {at_start['right']:.2f} -> {seen['right'][-1]:.3f} (plain {seen['plain'][-1]:.2f}, with steps {seen['worked'][-1]:.2f}); "
           f"plain questions answered with steps {at_start['plain with steps']:.0%} -> {seen['plain with steps'][-1]:.0%}; "
           f"{run.constant_share:.0%} of the groups were constant")  # fmt: skip
@@ -729,7 +745,7 @@ exact = (p.exp() * (p - q)).sum(-1)
 tokens = batch["targets"][drawn][:, None]
 estimates = {name: policy_losses.kl_estimate(p.gather(1, tokens), q.gather(1, tokens), name).flatten() for name in policy_losses.KL_ESTIMATORS}  # fmt: skip
 results["kl"] = {"exact": float(exact.mean()), "tokens": len(exact)}
-print(f"exact: {exact.mean():.4f} nats per token, {len(exact)} tokens; {(exact > 0.1).float().mean():.1%} of them carry {float(exact[exact > 0.1].sum() / exact.sum()):.0%} of it")  # fmt: skip
+print(f"exact: {exact.mean():.4f} nats per token, {len(exact)} tokens; {(exact > 0.1).float().mean():.1%} of them carry {float(exact[exact > 0.1].sum() / exact.sum().clamp(min=1e-9)):.0%} of it")  # fmt: skip
 for name, values in estimates.items():
     results["kl"][name] = {"mean": float(values.mean()), "std": float(values.std())}
     print(f"   {name}: mean {values.mean():.4f}, standard deviation {values.std():.3f}, {(values < 0).float().mean():.0%} negative")  # fmt: skip
