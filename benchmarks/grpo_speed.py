@@ -1,6 +1,8 @@
 """GRPO against TRL's GRPOTrainer, end to end: writing, scoring and the step; same model, prompts and settings.
 
-The base model has first learned, in a short fine-tuning, to answer sums in the chat format and to stop.
+The base model has first learned, in a short fine-tuning, to answer sums in the chat format and to stop. Ours is
+`train_grpo` in two ways that give the same numbers: a row for each response, and a row for each group, in which all
+responses share their prompt. The bar is for the faster one, as in `dpo_speed`.
 """
 
 from __future__ import annotations
@@ -36,17 +38,21 @@ WARM_UP_STEPS = 100
 
 
 def tasks() -> list[TownInstruction]:
-    """Sums to ask, each once in a run, so that the order does not matter."""
+    """Sums to ask, each once in a run, so that both sides ask the same whatever their order."""
     return TownInstructions(Town(0)).training(STEPS * PROMPTS, seed=1, tasks=("sums",))
 
 
-def ours(folder: Path, precision: str) -> Callable[[], Run]:
+def apart(folder: Path, precision: str, share_prompt: bool = False) -> Callable[[], Run]:
     """`train_grpo`, a round of rollouts a step."""
     tokenizer, asked = Tokenizer.load(folder), tasks()
     prompts = [CourseFormat(tokenizer).prompt(one.messages) for one in asked]
     settings = GRPOSettings(
         rollouts=RolloutSettings(
-            prompts=PROMPTS, group_size=GROUP, max_new_tokens=NEW_TOKENS, micro_batch=PROMPTS * GROUP
+            prompts=PROMPTS,
+            group_size=GROUP,
+            max_new_tokens=NEW_TOKENS,
+            micro_batch=PROMPTS * GROUP,
+            share_prompt=share_prompt,
         ),
         objective=Objective(clip_high=0.28, average="token"),
         fit=FitSettings(
@@ -66,6 +72,11 @@ def ours(folder: Path, precision: str) -> Callable[[], Run]:
         return Run(seconds, statistics.mean(one["length"] for one in done.rounds), notes)
 
     return train
+
+
+def shared(folder: Path, precision: str) -> Callable[[], Run]:
+    """The same with the prompt read once for all responses of a group."""
+    return apart(folder, precision, share_prompt=True)
 
 
 def theirs(folder: Path, precision: str) -> Callable[[], Run]:
@@ -107,12 +118,13 @@ def theirs(folder: Path, precision: str) -> Callable[[], Run]:
     return train
 
 
-SIDES = {"ours": ours, "trl.GRPOTrainer": theirs}
+SIDES = {"a row for each response": apart, "shared prompt": shared, "trl.GRPOTrainer": theirs}
 COMPARISON = Comparison(
     module="benchmarks.grpo_speed",
     stage="grpo",
     what=f"GRPO on sums, {STEPS} steps of {PROMPTS} prompts x {GROUP} responses of at most {NEW_TOKENS} tokens",
     sides=SIDES,
+    ours={"fp32": "shared prompt", "bf16": "a row for each response"},
     bars={"trl.GRPOTrainer": 2.0},
     steps=STEPS,
     rounds=ROUNDS,

@@ -26,7 +26,7 @@ from llmcourse.models.pretrained import from_pretrained, save_pretrained
 from llmcourse.tokenization.tokenizer import Tokenizer
 from llmcourse.training import finetuning
 
-STEPS = 60
+STEPS = 40
 ROUNDS = 3
 BATCH = 32
 CONTEXT = 256
@@ -101,6 +101,7 @@ COMPARISON = Comparison(
     stage="sft",
     what=f"fine-tuning of the course's base model, {STEPS} steps of the same {BATCH} conversations",
     sides=SIDES,
+    ours={precision: "ours" for precision in PRECISIONS},
     bars={"trl.SFTTrainer": 1.5},
     steps=STEPS,
     rounds=ROUNDS,

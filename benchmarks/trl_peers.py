@@ -52,7 +52,9 @@ class Comparison:
     what: str
     """the run, in words"""
     sides: dict[str, Side]
-    """by name, ours first; names that begin with "trl." are TRL's"""
+    """by name; names that begin with "trl." are TRL's"""
+    ours: dict[str, str]
+    """precision -> the side of ours that the bars are for; others of ours are measured beside it"""
     bars: dict[str, float]
     """ratio of speeds to reach against some of TRL's sides"""
     steps: int
@@ -106,27 +108,27 @@ def _require_alike(runs: dict[str, list[Run]], tolerance: float) -> None:
 def _speeds(
     comparison: Comparison, precision: str, figures: dict[str, list[float]], notes: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """One result for each of our sides, against all of TRL's; the bars are for the first."""
+    """One result for each of our sides, against all of TRL's; the bars are for the chosen one."""
     peers = {titled(name): values for name, values in figures.items() if name.startswith("trl.")}
-    bars = {titled(name): bar for name, bar in comparison.bars.items()}
     results = []
-    for name, values in figures.items():
-        if name.startswith("trl."):
-            continue
-        option = "" if name == "ours" else f", {name}"
-        suffix = "" if name == "ours" else f"_{name.replace(' ', '_')}"
+    for name in (name for name in figures if not name.startswith("trl.")):
+        chosen = name == comparison.ours[precision]
         results.append(
             result(
-                f"{comparison.stage}_speed_{precision}{suffix}",
-                what=f"{comparison.what}, {precision}{option}",
+                f"{comparison.stage}_speed_{precision}{'' if chosen else '_' + name.replace(' ', '_')}",
+                what=_described(comparison, name, precision),
                 unit="steps/s",
-                ours=values,
+                ours=figures[name],
                 peers=peers,
-                bars=bars if name == "ours" else {},
+                bars={titled(peer): bar for peer, bar in comparison.bars.items()} if chosen else {},
                 notes=notes,
             )
         )
     return results
+
+
+def _described(comparison: Comparison, name: str, precision: str) -> str:
+    return f"{comparison.what}, {precision}" + ("" if name == "ours" else f", {name}")
 
 
 # Memory ---------------------------------------------------------------------------------------------------
@@ -135,11 +137,12 @@ def _speeds(
 def _memory(comparison: Comparison, folder: Path, precision: str) -> dict[str, Any]:
     measured = {name: _in_own_process(comparison, name, folder, precision) for name in comparison.sides}
     peaks = {name: [one["peak_bytes"] / 2**30] for name, one in measured.items()}
+    own = comparison.ours[precision]
     return result(
         f"{comparison.stage}_memory_{precision}",
-        what=f"peak memory of the process: {comparison.what}, {precision}",
+        what=f"peak memory of the process: {_described(comparison, own, precision)}",
         unit="GiB",
-        ours=peaks["ours"],
+        ours=peaks[own],
         peers={titled(name): peak for name, peak in peaks.items() if name.startswith("trl.")},
         bars={titled(name): 1.0 for name in comparison.bars},
         higher_is_better=False,

@@ -9,7 +9,7 @@
 # | **Hardware** | CPU, 2 cores, 4 GiB of memory; a GPU is used with `PRESET = "gpu"` |
 # | **Minutes** | 3 to execute, and up to 5 once for the base model and the assistant; 4 hours with the exercises |
 # | **You will build** | a verifier, pass@k, the majority vote, group advantages, the clipped surrogate, three estimates of the KL divergence and their gradients, averages over tokens and responses |
-# | **What to inspect** | what one forced token does to the accuracy; where votes help and where they only agree on an error; how many rounds of rollouts a gradient needs with and without a group's mean; when the policy begins to think; the same rule as a good chooser and as a ruinous reward |
+# | **What to inspect** | what one forced token does to the accuracy; where votes help and where they only agree on an error; the noise of the gradient with and without a baseline; when the policy begins to think; the same rule as a good chooser and as a ruinous reward |
 
 # %% [markdown]
 # ## Setup
@@ -55,9 +55,9 @@ from llmcourse.runtime import pick_device
 from llmcourse.training.fit import FitSettings
 
 SIZES = {
-    "cpu": {"tasks": 2000, "held_out": 200, "problems": 80, "samples": 64, "budgets": range(4, 35, 3), "probes": 64, "n_seeds": 3, "steps": 24, "every": 3, "variants": 12, "hack": 32, "noise": 8, "prompts": 16, "group": 8, "lr": 3e-4},
-    "gpu": {"tasks": 8000, "held_out": 500, "problems": 200, "samples": 256, "budgets": range(4, 35, 1), "probes": 128, "n_seeds": 5, "steps": 60, "every": 5, "variants": 40, "hack": 60, "noise": 32, "prompts": 32, "group": 16, "lr": 1e-4},
-    "smoke": {"tasks": 12, "held_out": 8, "problems": 4, "samples": 4, "budgets": (4, 8), "probes": 2, "n_seeds": 2, "steps": 2, "every": 1, "variants": 1, "hack": 2, "noise": 2, "prompts": 2, "group": 4, "lr": 3e-4},
+    "cpu": {"tasks": 2000, "held_out": 200, "problems": 64, "samples": 64, "budgets": range(4, 35, 3), "probes": 64, "n_seeds": 3, "steps": 20, "every": 4, "hack": 20, "noise": 8, "prompts": 16, "group": 8, "lr": 3e-4},
+    "gpu": {"tasks": 8000, "held_out": 500, "problems": 200, "samples": 256, "budgets": range(4, 35, 1), "probes": 128, "n_seeds": 5, "steps": 60, "every": 5, "hack": 60, "noise": 32, "prompts": 32, "group": 16, "lr": 1e-4},
+    "smoke": {"tasks": 12, "held_out": 8, "problems": 4, "samples": 4, "budgets": (4, 8), "probes": 2, "n_seeds": 2, "steps": 2, "every": 1, "hack": 2, "noise": 2, "prompts": 2, "group": 4, "lr": 3e-4},
 }  # fmt: skip
 if PRESET not in SIZES:
     raise ValueError(f"PRESET={PRESET!r}: choose one of {', '.join(SIZES)}")
@@ -363,7 +363,7 @@ for name, some in problems.items():
 results["cross"] = cross
 
 # %% [markdown]
-# **Read the result.** Where one sample is right more often than any single wrong answer, votes converge to the truth and do so quickly: questions that ask for steps are solved by a handful of samples. On plain questions guesses scatter around the truth, the mode is hardly better than a guess, and more votes give slowly growing agreement. The perfect chooser climbs to almost all problems there: among many samples of a plain question one is right, often because it *happened* to write steps, which nobody taught the model to do here. The count of true equations finds those responses, without knowing the answer. It is an imperfect verifier that suffices as long as it chooses among responses that were written for another purpose. Remember it; it comes back in *Break it*.
+# **Read the result.** Where one sample is right more often than any single wrong answer, votes converge to the truth and do so quickly: questions that ask for steps are solved by a handful of samples. On plain questions guesses scatter around the truth, the mode is hardly better than a guess, and more votes give slowly growing agreement. The perfect chooser climbs to most problems there, because among many samples of a plain question one is right: by a lucky guess, or because it *happened* to write steps, which nobody taught the model to do here. A response with steps is right about as often whatever was asked. The count of true equations finds such responses without knowing the answer. It is an imperfect verifier, below the vote where all responses have steps, and useful as long as it chooses among responses that were written for another purpose. Remember it; it comes back in *Break it*.
 
 # %% [markdown]
 # ## 3. From rewards to a gradient
@@ -402,9 +402,9 @@ check("reasoning/group_advantages", my_group_advantages)
 #
 # </details>
 #
-# **Run: what the baseline buys.** Any baseline that does not depend on the response leaves the mean gradient alone, so compare noise. Some independent rounds of rollouts at the same weights, their gradients with four choices of advantage, and from the products of different rounds the squared length of the mean gradient. What is left of each round's own square is noise. The number to print: how many rounds must be averaged until signal and noise are equally large.
+# **Run: what the baseline buys.** A baseline that does not depend on the response leaves the mean gradient alone, so compare noise. Some independent rounds of rollouts at the same weights, and the gradients of each with several advantages. The mean product of two different rounds estimates the squared length of the mean gradient; what a round's own square has on top of that is noise. The group's mean contains the response itself, so its advantages are multiplied by $N/(N-1)$ to have the same mean gradient as the others.
 #
-# **Predict.** Half of the prompts ask for steps and are solved most of the time, half do not and are hardly ever solved. What does subtracting the mean of the whole *batch* do to the responses of each half?
+# **Predict.** Half of the prompts ask for steps and are solved most of the time, half do not and are hardly ever solved. Order by noise: the reward as it is (1 or 0), the same reward plus 1 (2 or 1), minus the mean of the whole batch, minus the mean of the group.
 
 
 # %%
@@ -422,41 +422,57 @@ def rollout_settings(**changes):
     return RolloutSettings(**({"prompts": sizes["prompts"], "group_size": GROUP, "max_new_tokens": TOKENS, "micro_batch": ROWS} | changes))  # fmt: skip
 
 
+def rollouts_of(policy, **changes):
+    """A source of rollouts for the right answer; groups stay side by side."""
+    settings = rollout_settings(share_prompt=True, **changes)
+    return RolloutSource(policy, tokenizer, prompts, SCORERS["right answer"], settings, stop_id=chat.stop_ids[0])  # fmt: skip
+
+
 def flat_gradient(loss, policy):
     """Gradient of a loss with respect to all weights, as one vector."""
     gradients = torch.autograd.grad(loss, list(policy.parameters()), retain_graph=True)
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
+def per_response(batch, log_probs):
+    """For right and for wrong responses, the mean surprise of a whole response in nats."""
+    surprise = -(log_probs.detach() * (batch["targets"] != IGNORE)).sum(dim=1)
+    right = batch["rewards"] > 0
+    return surprise[right], surprise[~right]
+
+
+others = GROUP / (GROUP - 1)
 ADVANTAGES = {
     "the reward itself": lambda r: r,
+    "the reward plus 1": lambda r: r + 1,
     "minus the batch's mean": lambda r: r - r.mean(),
-    "minus the group's mean": lambda r: policy_losses.group_advantages(r, GROUP, scale="none"),
-    "over the deviation too": lambda r: policy_losses.group_advantages(r, GROUP),
+    "minus the group's mean": lambda r: policy_losses.group_advantages(r, GROUP, scale="none") * others,
 }
 policy = copy.deepcopy(start)
-settings = rollout_settings(share_prompt=True, seed=SEED)  # keeps the responses of a group side by side
-source = RolloutSource(policy, tokenizer, prompts, SCORERS["right answer"], settings, stop_id=chat.stop_ids[0])  # fmt: skip
+source = rollouts_of(policy, seed=SEED)
 found = {name: [] for name in ADVANTAGES}
+surprises = []
 for _ in range(sizes["noise"]):
     batch = source.next()
     log_probs = sampled_log_probs(policy, batch["tokens"], batch["targets"])  # (B, T)
+    surprises.append(per_response(batch, log_probs))
     for name, advantage in ADVANTAGES.items():
-        loss = -(advantage(batch["rewards"])[:, None] * log_probs).sum() / (batch["targets"] != IGNORE).sum()
+        loss = -(advantage(batch["rewards"])[:, None] * log_probs).sum() / ROWS
         found[name].append(flat_gradient(loss, policy))
-results["noise"] = {}
+power = {}
 for name, gradients in found.items():
     products = torch.stack(gradients) @ torch.stack(gradients).T  # (rounds, rounds)
-    own_square = products.diagonal().mean()
     signal = (products.sum() - products.diagonal().sum()) / (products.numel() - len(products))
-    rounds_needed = float((own_square - signal) / signal) if signal > 0 else None
-    results["noise"][name] = rounds_needed
-    told = f"{rounds_needed:.1f} rounds" if rounds_needed else "no signal in these few rounds"
-    print(f"{name:<24} signal equals noise after {told}")
+    power[name] = float(products.diagonal().mean() - signal)
+results["noise"] = {name: value / max(power["minus the group's mean"], 1e-12) for name, value in power.items()}  # fmt: skip
+for name, value in results["noise"].items():
+    print(f"{name:<24} noise power {value:.2f} of that with the group's mean")
+right, wrong = (torch.cat(part) for part in zip(*surprises, strict=True))
+print(f"surprise of a response: {wrong.mean():.2f} nats if wrong" + (f", {right.mean():.2f} if right" if len(right) else ""))  # fmt: skip
 del found, log_probs, loss, gradients
 
 # %% [markdown]
-# **Read the result.** With the reward as it is, every right response is pushed up, however easy the question was, and the noise of that push drowns the rest. The mean of the batch is no cure: it pays responses for having been asked an easy question. The group's mean compares like with like, and a group that is solved by all or by none falls out, which is a loss of samples but not of signal. Division by the deviation raises groups with a rare success, which here are those that point to a new habit.
+# **Read the result.** Adding 1 to all rewards changes nothing about what is wanted, and the noise becomes many times as large: every response is pushed up, the guesses most of all, and only the average over many rounds takes that back. With a mean subtracted, the constant is gone, whatever it was. That is what a baseline buys. It is *not* the smallest noise for every reward: a reward of 0 happens to silence the wrong responses, and these are the surprising ones, whose gradients are largest. The baseline of least variance is a mean of rewards weighted by the squared length of these gradients, which the plain mean only approximates. And the mean of the batch is less of a baseline than that of the group: it pays responses for having been asked an easy question.
 #
 # **Exercise 5.** The clipped surrogate as a loss, from the *logarithm* of the ratio, elementwise.
 #
@@ -576,22 +592,22 @@ def look(policy):
     }
 
 
-def reinforce(seed, scorer="right answer", *, steps, every, objective=None, rate=lr, updates=1):
+def reinforce(seed, scorer="right answer", *, steps, every, objective=None, rate=lr):
     """A run of GRPO from the assistant; returns the policy, its result, and what `look` saw, by round."""
     policy = copy.deepcopy(start).train()
     loop = FitSettings(
-        steps=steps * updates, lr=rate, warmup_steps=min(3, steps), schedule="constant", weight_decay=0.0,
-        compile="off", eval_every=every * updates, seed=seed,
+        steps=steps, lr=rate, warmup_steps=min(3, steps), schedule="constant", weight_decay=0.0,
+        compile="off", eval_every=every, seed=seed,
     )  # fmt: skip
     settings = grpo.GRPOSettings(
-        rollouts=rollout_settings(seed=seed, micro_batch=ROWS // updates),
+        rollouts=rollout_settings(seed=seed),
         objective=objective or policy_losses.dapo(),
         fit=loop,
     )
     run = grpo.train_grpo(
         policy, tokenizer, prompts, SCORERS[scorer], settings, stop_id=chat.stop_ids[0], evaluate=look, progress=False
     )  # fmt: skip
-    seen = {"round": [0] + [row["step"] // updates for row in run.fit.evaluations]}
+    seen = {"round": [0, *(row["step"] for row in run.fit.evaluations)]}
     for name, value in at_start.items():
         seen[name] = [value] + [row[name] for row in run.fit.evaluations]
     return policy.eval(), run, seen
@@ -655,37 +671,32 @@ for request, text in zip(held_out[:60:10], answer_chats(runs[0][0], tokenizer, [
 # %% [markdown]
 # **Read the result.** Two curves are almost one: a plain question becomes right when it is answered with steps. Nobody asked for longer responses. They are what is right more often, and the rare sample that began with a colon had a larger advantage than any guess of its group. The rise has the shape of growth that feeds itself: at the start few groups hold such a sample, and the more hold one, the faster the habit spreads. It ends when all responses have steps, so length does not grow without bound; a longer chain has nothing more to compute here. Constant groups are the price: those that all solve and those that none solves cost tokens and teach nothing.
 #
-# **Run: the family.** With one update a round the ratio is 1, and the clip does nothing. To see the members of the family differ, each round is now cut in two halves with an update each, so that the second half is off-policy. One run each.
+# **Run: the family.** With one update a round the ratio is 1, and the clip does nothing. The members of the family differ when a batch is used again. Here are some rollouts of the assistant, seen by a policy that is two updates further: what share of the tokens does each objective clip, and how does its gradient compare with GRPO's?
 
 # %%
-VARIANTS = {
-    "GRPO, β = 0.04": policy_losses.grpo(),
+FAMILY = {
+    "GRPO": policy_losses.grpo(),
+    "GRPO without KL": policy_losses.grpo(kl_weight=0.0),
     "DAPO": policy_losses.dapo(),
     "Dr. GRPO": policy_losses.dr_grpo(max_length=TOKENS),
     "GSPO": policy_losses.gspo(),
 }
-variants = {}
-for name, objective in VARIANTS.items():
-    _, run, seen = reinforce(
-        SEED, steps=sizes["variants"], every=sizes["every"], objective=objective, updates=2
-    )
-    records = run.fit.records
-    variants[name] = {"seen": seen, "clipped": [row["clipped"] for row in records], "grad_norm": [row["grad_norm"] for row in records]}  # fmt: skip
-    second = statistics.fmean(variants[name]["clipped"][1::2])
-    print(f"{name:>15}: right {seen['right'][-1]:.2f}, {seen['length'][-1]:.0f} tokens; clipped in second updates {second:.2%} of the tokens; "
-          f"median gradient norm {statistics.median(variants[name]['grad_norm']):.2g}")  # fmt: skip
-results["variants"] = variants
-figure = plotting.lines(
-    {name: (one["seen"]["round"], one["seen"]["right"]) for name, one in variants.items()},
-    xlabel="round of rollouts", ylabel="share of held-out sums right", title="Four objectives, two updates a round, one seed each", markers=True,
-)  # fmt: skip
-plotting.show(
-    figure,
-    alt="Accuracy on held-out sums against rounds for GRPO, DAPO, Dr. GRPO and GSPO with two updates a round: all four rise.",
-)
+moved = reinforce(SEED, steps=2, every=2)[0]
+batch = rollouts_of(start, seed=SEED + 100, epochs=2).next()  # two epochs: it comes with old log-probs
+batch["ref_log_probs"] = batch["old_log_probs"]
+family, vectors = {}, {}
+for name, objective in FAMILY.items():
+    batch["advantages"] = policy_losses.group_advantages(batch["rewards"], GROUP, scale=objective.scale)
+    total, count, metrics = grpo.grpo_loss(objective)(moved, batch)
+    vectors[name] = flat_gradient(total / count, moved)
+    cosine = torch.cosine_similarity(vectors[name], vectors["GRPO"], dim=0)
+    family[name] = {"clipped": float(metrics["clipped"]), "norm": float(vectors[name].norm()), "cosine": float(cosine)}  # fmt: skip
+    print(f"{name:>16}: {family[name]['clipped']:6.1%} clipped, gradient norm {family[name]['norm']:.3f}, cosine with GRPO's {cosine:.2f}")  # fmt: skip
+results["family"] = family
+del vectors
 
 # %% [markdown]
-# **Read the result.** All four rise. Their order here means nothing: compare the distances between these curves with the shaded range of the last figure, where nothing but the seed differs. What does differ by construction are the magnitudes. Dr. GRPO's losses are divided by a constant that is longer than the responses, and advantages are not scaled up, so its gradient is smaller, which AdamW forgives and plain gradient descent would not. GSPO clips whole responses, and with a range three orders of magnitude narrower it clips far more of them. Published comparisons need what this cell lacks: seeds, and a learning rate tuned for each.
+# **Read the result.** All gradients point in much the same direction, and their lengths differ by construction: Dr. GRPO divides by a constant that is longer than the responses and does not scale advantages up. AdamW forgives a constant factor. GSPO clips whole responses, and with a range three orders of magnitude narrower it clips far more of them, already here. The KL term is weak so near to the reference. One batch says what an objective *does*; which is best is another question, to be answered over seeds, with a learning rate tuned for each, and differences between seeds as large as those in the last figures hide small advantages.
 
 # %% [markdown]
 # ## 5. Added or sharpened, and at what cost
@@ -744,6 +755,11 @@ with torch.no_grad():
 exact = (p.exp() * (p - q)).sum(-1)
 tokens = batch["targets"][drawn][:, None]
 estimates = {name: policy_losses.kl_estimate(p.gather(1, tokens), q.gather(1, tokens), name).flatten() for name in policy_losses.KL_ESTIMATORS}  # fmt: skip
+by_token = {}
+for index, nats in zip(tokens.flatten().tolist(), exact.tolist(), strict=True):
+    by_token[index] = by_token.get(index, 0.0) + nats
+largest = sorted(by_token, key=by_token.get, reverse=True)[:3]
+print("most of it where these were written:", ", ".join(f"{tokenizer.decode([i])!r} {by_token[i] / max(sum(by_token.values()), 1e-9):.0%}" for i in largest))  # fmt: skip
 results["kl"] = {"exact": float(exact.mean()), "tokens": len(exact)}
 print(f"exact: {exact.mean():.4f} nats per token, {len(exact)} tokens; {(exact > 0.1).float().mean():.1%} of them carry {float(exact[exact > 0.1].sum() / exact.sum().clamp(min=1e-9)):.0%} of it")  # fmt: skip
 for name, values in estimates.items():
@@ -752,7 +768,7 @@ for name, values in estimates.items():
 del p, q, exact, estimates
 
 # %% [markdown]
-# **Read the result.** On plain questions the trained policy does at the first attempt what took the assistant many: pass@1 rises by far more than pass@k at the right end of the figure. What was rare became the rule, in the words of the debate it was *sharpened*; the ability was there, as section 1 showed by one forced token. Samples became alike, which is why a vote has little left to gain. The divergence sits in few tokens, above all in the one after the sum, where `=` or `:` decides what comes next; all others are nearly untouched. So are the other tasks: their differences are within what so few requests can tell, at this length of training. $k_1$ and $k_3$ agree with the exact mean within their noise, and $k_1$ is negative at many tokens. $k_2$ does not agree where the policies are far apart: as a value it is biased, as a loss it has the right gradient.
+# **Read the result.** On plain questions the trained policy does at the first attempt what took the assistant many: pass@1 rises by far more than pass@k at the right end of the figure. What was rare became the rule, in the words of the debate it was *sharpened*; the ability was there, as section 1 showed by one forced token. Samples became alike, which is why a vote has little left to gain. The divergence sits in few tokens, above all in the one after the sum, where `=` or `:` decides what comes next; all others are nearly untouched. So are the other tasks: their differences are within what so few requests can tell, at this length of training. $k_1$ and $k_3$ are close to the exact mean, and $k_1$ is negative at many tokens. $k_2$ does not agree where the policies are far apart: as a value it is biased, as a loss it has the right gradient.
 
 # %% [markdown]
 # ## The same with the library
@@ -767,8 +783,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+CORRECTED = dataclasses.replace(policy_losses.grpo(), kl_corrected=True)
 PAIRS = {  # TRL's loss_type and importance_sampling_level, our objective
     "GRPO": ("grpo", "token", policy_losses.grpo()),
+    "GRPO, KL times ratio": ("grpo", "token", CORRECTED),
     "DAPO": ("dapo", "token", policy_losses.dapo()),
     "Dr. GRPO": ("dr_grpo", "token", policy_losses.dr_grpo(max_length=TOKENS)),
     "GSPO": ("grpo", "sequence", policy_losses.gspo()),
@@ -823,6 +841,7 @@ with tempfile.TemporaryDirectory() as folder:
     for name, (loss_type, level, objective) in PAIRS.items():
         trainer.loss_type, trainer.importance_sampling_level = loss_type, level
         trainer.epsilon_low, trainer.epsilon_high, trainer.beta = objective.clip_low, objective.clip_high, objective.kl_weight  # fmt: skip
+        trainer.args.use_bias_correction_kl = objective.kl_corrected
         theirs.zero_grad()
         their_loss = trainer.compute_loss(theirs, as_trl(batch))
         their_loss.backward()
@@ -838,8 +857,11 @@ with tempfile.TemporaryDirectory() as folder:
             "gradient_error": max(float((a - b).abs().max()) for a, b in pairs) / largest,
         }  # fmt: skip
 for name, row in agreement.items():
-    print(f"{name:>8}: loss {row['loss']:+.6f}, TRL's {row['trl']:+.6f}; gradients differ by at most {row['gradient_error']:.0e} of the largest")  # fmt: skip
+    print(f"{name:>20}: loss {row['loss']:+.6f}, TRL's {row['trl']:+.6f}; gradients differ by at most {row['gradient_error']:.0e} of the largest")  # fmt: skip
 results["library"] = agreement
+
+# %% [markdown]
+# The two lines of GRPO show why TRL (1.16) multiplies its KL term by the ratio unless told otherwise. The rollouts hold tokens that the trained policy has almost given up, such as the `=` of the short form. There $k_3$ is about the inverse of the new probability, without bound; times the ratio it is bounded.
 
 # %% [markdown]
 # ## Measured results
@@ -880,8 +902,8 @@ if own:
     noise = results["noise"]
     claim(
         "baseline",
-        noise["minus the group's mean"] < noise["the reward itself"],
-        "a gradient with the group's mean as baseline needs fewer rounds than one without a baseline",
+        noise["the reward plus 1"] > 2,
+        "rewards of 2 and 1 without a baseline have at least twice the gradient noise of those with the group's mean",
     )
     claim(
         "grpo",
@@ -905,7 +927,7 @@ if own:
 # %% [markdown]
 # ## Break it
 #
-# **A reward that can be fooled.** The count of true equations was a good chooser in section 2. It rises with right steps, it needs no answer key, it is graded instead of all or nothing: a tempting reward. The same training with this reward, once as it is and once with a pull to the assistant ($\beta = 0.1$, $k_3$).
+# **A reward that can be fooled.** The count of true equations was a good chooser in section 2. It rises with right steps, it needs no answer key, it is graded instead of all or nothing: a tempting reward. The same training with this reward, once as it is and once with a pull to the assistant ($\beta = 0.1$, $k_3$). The learning rate is twice that of section 4, so that it does not take long.
 #
 # **Predict.** What happens to the reward, and what to the accuracy? In which order?
 
@@ -913,7 +935,7 @@ if own:
 hacked = {}
 for name, weight in (("no KL term", 0.0), ("β = 0.1", 0.1)):
     objective = policy_losses.Objective(clip_high=0.28, average="token", kl_weight=weight)
-    policy, run, seen = reinforce(SEED, "true equations", steps=sizes["hack"], every=4 if not smoke else 1, objective=objective)  # fmt: skip
+    policy, run, seen = reinforce(SEED, "true equations", steps=sizes["hack"], every=4 if not smoke else 1, objective=objective, rate=2 * lr)  # fmt: skip
     text = answer_chats(policy, tokenizer, [requests["asked plainly"][0].messages], GREEDY)[0]
     hacked[name] = {
         "seen": seen,
@@ -943,7 +965,9 @@ plotting.show(
 # **Too large a step.** The right reward again, with ten times the learning rate.
 
 # %%
-_, run, seen = reinforce(SEED, steps=max(2, sizes["hack"] // 3), every=4 if not smoke else 1, rate=10 * lr)
+_, run, seen = reinforce(
+    SEED, steps=max(2, 2 * sizes["hack"] // 5), every=4 if not smoke else 1, rate=10 * lr
+)
 results["too fast"] = {"seen": seen, "reward": [one["reward"] for one in run.rounds], "constant": [one["constant_groups"] / one["groups"] for one in run.rounds]}  # fmt: skip
 for r, right, length in zip(seen["round"], seen["right"], seen["length"], strict=True):
     print(f"round {r:>2}: right {right:.2f}, {length:.0f} tokens")
@@ -981,7 +1005,7 @@ store_results("reasoning", results)
 # * A vote needs the truth to be the mode. A verifier needs it to be sampled, and to be recognized.
 # * The group's mean is the baseline because prompts differ in difficulty. Its price is the constant group.
 # * A reward for right answers makes chains longer only as far as longer is righter.
-# * Rank objectives over seeds; one run each is an anecdote.
+# * Compare objectives on one batch for what they do, and over seeds for what they are worth.
 # * Read the best-paid responses, their lengths and the share that was cut. A reward above what a right answer can earn is an alarm.
 # * What chooses well among given texts may be ruinous as a reward.
 # * The policy writes its own data: a step too far is not repaired by the next batch.
@@ -989,4 +1013,4 @@ store_results("reasoning", results)
 # %% [markdown]
 # ## Next
 #
-# The chapter, [Reasoning models and test-time compute](../book/posttraining/reasoning.md), derives the estimators and the objectives, says what is known about sharpening, and compares the recipes of 2024 to 2026. Where no program can tell right from wrong, a model must be the judge, and everything seen in *Break it* returns: that is the subject of the chapters on preferences.
+# The chapter, [Reasoning models and test-time compute](../book/posttraining/reasoning.md), derives the estimators and the objectives, says what is known about sharpening, and compares the recipes of 2024 to 2026. Where no program can tell right from wrong, people or models judge, and what was seen in *Break it* returns: [Direct preference optimization](../book/posttraining/dpo.md) has a lab on that.

@@ -95,10 +95,6 @@ def hidden_at(model: nn.Module, tokens: Tensor, mask: Tensor, cache: Cache | Non
     Only attention mixes positions. Behind that of the last block, the rest is computed for the M positions alone. A
     block that something else watches or replaces runs as a whole.
     """
-    return _run(model, tokens, mask, cache)
-
-
-def _run(model: nn.Module, tokens: Tensor, mask: Tensor, cache: Cache | None = None) -> Tensor:
     watched = not isinstance(model, Transformer) or _is_watched(model.blocks[-1])
     n_before = 0 if cache is None else cache.longest
     if (
