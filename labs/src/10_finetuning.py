@@ -62,7 +62,7 @@ from llmcourse.training.freezing import choose_trainable, count_trainable
 
 SIZES = {
     "cpu": {
-        "n_seeds": 3, "steps": 150, "lr": 3e-3, "batch": 16, "replay_rows": 1, "n": 128, "old_documents": 100, "new_tokens": 128,
+        "n_seeds": 3, "steps": 150, "lr": 3e-3, "batch": 16, "replay_rows": 1, "n": 128, "old_documents": 80, "new_tokens": 128,
         "narrow_steps": 40, "rates": (1e-3, 3e-3, 1e-2), "frozen_lr": 1e-2, "probe_steps": 40, "probe_lr": 1e-1,
         "classifier_lr": 3e-4, "bounce_lr": 3e-3, "fact_steps": 30, "fact_lr": 1e-3, "facts": 96,
     },
@@ -773,12 +773,13 @@ merged.load_state_dict(average_checkpoints(states))
 soup = measured(merged)
 print(f"members: facts {spread([m['facts'] for m in members])}, loss {spread([m['loss'] for m in members])}, forgetting {spread([m['forgetting'] for m in members])}")  # fmt: skip
 print(f"   soup: facts {soup['facts']:.3f}, loss {soup['loss']:.3f}, forgetting {soup['forgetting']:.3f}")
-line = {}
-for w in (0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0):
+line = {0.0: members}
+for w in (0.125, 0.25, 0.5):
     line[w] = []
     for state in states:
         merged.load_state_dict(average_checkpoints([state, start.state_dict()], [1 - w, w]))
-        line[w].append({"facts": share_right(merged, asked_facts[: sizes["n"] // 2]).value, "forgetting": forgetting(merged)})  # fmt: skip
+        line[w].append({"facts": share_right(merged, asked_facts).value, "forgetting": forgetting(merged)})
+line[1.0] = [{"facts": before["facts"].value, "forgetting": 0.0}] * len(states)
 figure = plotting.lines(
     {name: (list(line), [statistics.fmean(row[name] for row in rows) for rows in line.values()]) for name in ("facts", "forgetting")},
     bands={
@@ -792,7 +793,9 @@ plotting.show(
     alt="Facts answered and forgetting against the share of the base model: forgetting falls at once, the score stays for a while and then drops to zero.",
 )
 results["soup"] = {"members": {key: [m[key] for m in members] for key in soup}, "soup": soup}
-results["line"] = {f"{w:g}": {key: [row[key] for row in rows] for key in rows[0]} for w, rows in line.items()}
+results["line"] = {
+    f"{w:g}": {key: [row[key] for row in rows] for key in ("facts", "forgetting")} for w, rows in line.items()
+}
 
 # %% [markdown]
 # **Read the result.** Averaging removes the noise of a constant rate, and the mean of a run that has decayed is no better than its end: decay and averaging remove the same thing, and whoever has decayed has nothing left to average. What the average buys is that nobody has to know beforehand when the run ends. On the line back to the base model, forgetting falls at once, quadratically, while the score holds for a while; replay reaches a better point, but replay needs the old data and a new run, and the line needs neither.
@@ -825,6 +828,7 @@ with tempfile.TemporaryDirectory() as folder:
     )  # fmt: skip
     rows = Dataset.from_list([{"messages": one.conversation} for one in short])
     trainer = SFTTrainer(theirs, config, train_dataset=rows, processing_class=tokenizer.to_transformers())
+    trainer.remove_callback(transformers.PrinterCallback)
     their_loss = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
     their_loss.backward()
     batches = InstructionBatches(encode(short), batch_size=len(short), context_length=context, seed=SEED)

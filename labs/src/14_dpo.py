@@ -31,35 +31,42 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: F401, for the exercises
 
 from llmcourse import pipeline, plotting
 from llmcourse.alignment import dpo
 from llmcourse.alignment.log_probs import response_log_probs
 from llmcourse.alignment.over_optimization import fit_over_optimization, sampled_kl_and_reward
 from llmcourse.alignment.preference_losses import log_ratio_margin
-from llmcourse.alignment.reference import reference_log_probs
+from llmcourse.alignment.reference import ReferenceBatches, reference_log_probs
 from llmcourse.checks import check, claim
 from llmcourse.data.chat_formats import chat_format
 from llmcourse.data.preference import PreferenceBatches, annotate, encode_pairs
 from llmcourse.data.tinytown import Town
 from llmcourse.data.town_instructions import TASKS, TownInstructions
 from llmcourse.evaluation.instruction_following import answer_chats, share_right
-from llmcourse.evaluation.statistics import bootstrap_interval, paired_bootstrap, seed_interval, wilson_interval
+from llmcourse.evaluation.statistics import (
+    bootstrap_interval,
+    paired_bootstrap,
+    seed_interval,
+    wilson_interval,
+)
 from llmcourse.inference.sampling import SamplingParams
 from llmcourse.labs import store_results
 from llmcourse.models.pretrained import save_pretrained
 from llmcourse.runtime import pick_device, progress
 
 SIZES = {
-    "cpu": {"requests": 2000, "held_out": 200, "probes": 64, "n_seeds": 3, "steps": 70, "long": 120, "family": 50, "lr": 1e-4, "new_tokens": 128},
-    "gpu": {"requests": 8000, "held_out": 200, "probes": 128, "n_seeds": 5, "steps": 200, "long": 600, "family": 200, "lr": 2e-5, "new_tokens": 160},
-    "smoke": {"requests": 12, "held_out": 6, "probes": 3, "n_seeds": 2, "steps": 3, "long": 4, "family": 2, "lr": 1e-4, "new_tokens": 12},
+    "cpu": {"requests": 2000, "held_out": 300, "probes": 64, "n_seeds": 3, "steps": 66, "far_pairs": 192, "far": 48, "family": 36, "lr": 3e-4, "new_tokens": 128},
+    "gpu": {"requests": 8000, "held_out": 300, "probes": 128, "n_seeds": 5, "steps": 240, "far_pairs": 512, "far": 320, "family": 120, "lr": 5e-5, "new_tokens": 160},
+    "smoke": {"requests": 12, "held_out": 6, "probes": 3, "n_seeds": 2, "steps": 2, "far_pairs": 8, "far": 4, "family": 2, "lr": 1e-4, "new_tokens": 12},
 }  # fmt: skip
 if PRESET not in SIZES:
     raise ValueError(f"PRESET={PRESET!r}: choose one of {', '.join(SIZES)}")
 sizes, smoke = SIZES[PRESET], PRESET == "smoke"
-own = not MODEL and CORPUS == "tinytown" and not smoke  # whether the figures are those that the claims are about
+own = (
+    not MODEL and CORPUS == "tinytown" and not smoke
+)  # whether the figures are those that the claims are about
 seeds = range(SEED, SEED + sizes["n_seeds"])
 device = pick_device("auto" if PRESET == "gpu" else "cpu")
 results = {"preset": PRESET, "corpus": CORPUS, "seed": SEED, "model": MODEL}
@@ -126,8 +133,12 @@ held_out = [one for task in PAIRED for one in instructions.held_out(task, sizes[
 judged = annotate(held_out, *two_answers(held_out, SEED + 1), instructions.reward, noise=0.0, seed=SEED)
 test = encoded([pair for pair in judged if pair.margin > 0])
 clear = test.margins > 0.5
+if not clear.any():  # a model from outside may write no such pair
+    clear[:] = True
 print({name: int(count) for name, count in training.counts.items()}, "to train on")
-print(f"{len(test)} held-out pairs without noise, {int(clear.sum())} of them clear: true rewards more than 0.5 apart")
+print(
+    f"{len(test)} held-out pairs without noise, {int(clear.sum())} of them clear: true rewards more than 0.5 apart"
+)
 results["pairs"] = dict(training.counts) | {"held_out": len(test), "clear": int(clear.sum())}
 
 # %% [markdown]
@@ -274,14 +285,30 @@ check("dpo/dpo_gradient_weight", my_dpo_gradient_weight)
 BETA = 0.1
 
 
-def train(data, *, seed=SEED, valid=None, evaluate=None, **changes):
+STORED = {}  # log-probabilities under the reference, by the checksum of the pairs: one pass each
+
+
+def with_stored(data, seed):
+    """Batches of pairs that carry the reference's two numbers of each pair."""
+    if data.checksum not in STORED:
+        STORED[data.checksum] = reference_log_probs(reference, batches_of(data), progress=False)
+    return ReferenceBatches(batches_of(data, seed=seed), STORED[data.checksum])
+
+
+def train(data, *, seed=SEED, evaluate=None, **changes):
     """A copy of the reference trained on encoded pairs, and the run's records."""
     policy = copy.deepcopy(reference)
-    options = {"beta": BETA, "lr": sizes["lr"], "steps": sizes["steps"], "share_prompt": True, "seed": seed} | changes
+    options = {
+        "beta": BETA,
+        "lr": sizes["lr"],
+        "steps": sizes["steps"],
+        "share_prompt": True,
+        "seed": seed,
+    } | changes
     settings = dpo.preset("cpu" if smoke else PRESET, **options)
-    run = dpo.train_dpo(
-        policy, batches_of(data, seed=seed), settings, reference=reference, valid=valid, evaluate=evaluate, progress=False
-    )  # fmt: skip
+    # KTO's reference point needs a third row a pair, which train_dpo adds and computes itself
+    source = batches_of(data, seed=seed) if settings.loss == "kto" else with_stored(data, seed)
+    run = dpo.train_dpo(policy, source, settings, reference=reference, evaluate=evaluate, progress=False)
     return policy.eval(), run
 
 
@@ -292,7 +319,9 @@ print("step    loss  margin h  chosen ln p  rejected ln p")
 for record in run.records[:: 1 if smoke else 3]:
     print(f"{record['step']:>4} {record['loss']:>7.4f} {record['margin'] / BETA:>9.2f} "
           f"{record['chosen_log_prob']:>12.2f} {record['rejected_log_prob']:>14.2f}")  # fmt: skip
-results["one_batch"] = {key: [r[key] for r in run.records] for key in ("loss", "chosen_log_prob", "rejected_log_prob")}
+results["one_batch"] = {
+    key: [r[key] for r in run.records] for key in ("loss", "chosen_log_prob", "rejected_log_prob")
+}
 
 # %% [markdown]
 # **Read the result.** The first loss is $\ln 2$, because a policy that equals its reference has no margin anywhere. If a run of yours starts elsewhere, its policy and its reference differ in something that you did not intend. Then look at the last two columns. The margin is a difference, and the loss does not say which side should pay for it.
@@ -314,8 +343,9 @@ flat = [
 ]
 gradient_error = float((flat[0] - flat[1]).norm() / flat[0].norm())
 print(f"relative difference of the two gradients: {gradient_error:.1e}")
-print(f"weights after {len(run.records)} steps: {weight.min():.4f} to {weight.max():.4f}; before the first: {BETA / 2:.4f}")
-n_slots = [int((batch["shared_segments"] >= 0).sum()), sum(int((batch[f"{s}_targets"] != -100).sum()) for s in ("chosen", "rejected"))]  # fmt: skip
+print(
+    f"weights after {len(run.records)} steps: {weight.min():.4f} to {weight.max():.4f}; before the first: {BETA / 2:.4f}"
+)
 results["gradient_error"] = gradient_error
 
 # %% [markdown]
@@ -409,7 +439,9 @@ for seed in progress(seeds, description="DPO", unit="run"):
     labels = annotate(requests, first, second, instructions.reward, noise=0.5, seed=seed)
     watches.append(Watch())
     trained.append(train(encoded(labels), seed=seed, evaluate=watches[-1], eval_every=sizes["steps"] // 2))
-print(f"{'seed':>4}  {'accuracy, clear held-out pairs':<33}{'true reward minus the reference, same probes':<46}{'KL':>5}{'chosen ln p':>13}")
+print(
+    f"{'seed':>4}  {'accuracy, clear held-out pairs':<33}{'true reward minus the reference, same probes':<46}{'KL':>5}{'chosen ln p':>13}"
+)
 accuracy, gain = [], []
 for seed, (policy, _), watch in zip(seeds, trained, watches, strict=True):
     margins, moved = held_out_margins(policy)
@@ -428,14 +460,18 @@ greedy = SamplingParams(temperature=0.0, max_new_tokens=sizes["new_tokens"])
 
 def right_share(model, task):
     """Share of right answers to held-out requests of a task, answered greedily."""
-    return share_right(model, tokenizer, instructions.held_out(task, sizes["probes"], SEED + 3), params=greedy)
+    return share_right(
+        model, tokenizer, instructions.held_out(task, sizes["probes"], SEED + 3), params=greedy
+    )
 
 
 by_task = {}
 for task in TASKS:
     before, *after = (right_share(model, task) for model in (reference, *(policy for policy, _ in trained)))
     by_task[task] = {"before": before.value, "after": [one.value for one in after], "n": before.n}
-    print(f"{task:>12}: {before:.1%} before; by seed afterwards " + ", ".join(f"{a.value:.1%}" for a in after))
+    print(
+        f"{task:>12}: {before:.1%} before; by seed afterwards " + ", ".join(f"{a.value:.1%}" for a in after)
+    )
 results["main"] = {
     "steps": sizes["steps"], "beta": BETA, "lr": sizes["lr"], "seeds": list(seeds), "by_task": by_task,
     "start": start_rewards.mean(), "accuracy": [a.value for a in accuracy], "accuracy_low": [a.low for a in accuracy],
@@ -449,39 +485,405 @@ results["main"] = {
 # **Which pairs are still pulling?** The weight of a pair at the end of training, on average over those that the annotator judged rightly and those with a mistake.
 
 # %%
-policy, labels = trained[0][0], encoded(annotate(requests, first, second, instructions.reward, noise=0.5, seed=SEED))
+policy, labels = (
+    trained[0][0],
+    encoded(annotate(requests, first, second, instructions.reward, noise=0.5, seed=SEED)),
+)
 now, before = log_probs_of(policy, labels), log_probs_of(reference, labels)
 h = torch.from_numpy((now[0] - before[0]) - (now[1] - before[1]))
 weight, mistaken = (BETA * torch.sigmoid(-BETA * h)).numpy(), labels.margins < 0
 print(f"{mistaken.mean():.1%} of the pairs are mistakes")
 for name, chosen in (("right", ~mistaken), ("mistaken", mistaken)):
     if chosen.any():
-        print(f"{name:>9}: mean margin h {h.numpy()[chosen].mean():+.2f} nats, mean weight {weight[chosen].mean():.4f}")
+        print(
+            f"{name:>9}: mean margin h {h.numpy()[chosen].mean():+.2f} nats, mean weight {weight[chosen].mean():.4f}"
+        )
 results["weights"] = {
     "mistakes": float(mistaken.mean()), "right": float(weight[~mistaken].mean()),
     "mistaken": float(weight[mistaken].mean()) if mistaken.any() else None,
 }  # fmt: skip
 
 # %% [markdown]
-# **Read the result.** READ-3
+# **Read the result.** The accuracy on held-out pairs is modest, hardly better than that of the simple rules of section 1, and still the answers are clearly better. The two measure different things. Accuracy asks whether a small model can judge a right sum beside a wrong one, which it must compute for that; the gain comes from what it writes. The table by task shows where: unasked, the assistant used to write a bare result and got it wrong, and in the few pairs in which one answer had its steps written out, that answer mostly won. The policy has learned to show the steps more often. Nobody told it to. Compare also the chosen log-probability: where it has fallen, the loss was earned on the rejected side.
+#
+# The weights tell what the rest of a run would do. Most pairs are nowhere near settled at this β, so nearly all of them still pull; the mistaken ones pull hardest, against the annotator's own taste.
 
 # %% [markdown]
 # ## 4. Over-optimization
 #
 # **Why.** Two knobs decide how far a run goes from its reference: how soon pairs count as settled ($\beta$), and how long and how fast it trains. Turn both the wrong way, and the same pairs that improved the answers ruin them, while the numbers computed from pairs look better than before.
 #
-# **Predict.** The same pairs, $\beta = 0.01$ in place of 0.1, a constant rate twice as high. Sketch the true reward against the step. What will the training accuracy do meanwhile?
+# **Predict.** A few of the pairs, read again and again, with $\beta = 0.01$ in place of 0.1 and a constant rate twice as high. Sketch the true reward against the step. What will the training accuracy do meanwhile?
 
 # %%
-over = {"beta": 0.01, "lr": 2 * sizes["lr"], "schedule": "constant", "steps": sizes["long"], "eval_every": max(1, sizes["long"] // 5)}  # fmt: skip
+over = {"beta": 0.01, "lr": 2 * sizes["lr"], "schedule": "constant", "steps": sizes["far"], "eval_every": sizes["far"] // 4}  # fmt: skip
 far, far_watches = [], []
 for seed in progress(seeds, description="too far", unit="run"):
-    far_watches.append(Watch())
     labels = annotate(requests, first, second, instructions.reward, noise=0.5, seed=seed)
-    far.append(train(encoded(labels), seed=seed, evaluate=far_watches[-1], **over))
-print(f"{'step':>5}{'KL':>8}{'true reward':>13}{'length':>8}   mean over seeds")
-far_steps = [0] + [evaluation["step"] for evaluation in far[0][1].evaluations]
+    different = [pair for pair in labels if pair.chosen != pair.rejected][: sizes["far_pairs"]]
+    far_watches.append(Watch())
+    far.append(train(encoded(different), seed=seed, evaluate=far_watches[-1], **over))
 origin = (np.zeros_like(start_rewards), start_rewards, start_lengths)
-curves = np.array([[[values.mean() for values in point] for point in (origin, *w.points)] for w in far_watches])
-for step, (kl, reward, length) in zip(far_steps, curves.mean(axis=0), strict=True):
-    print(f"{step:>5}{kl:>8.2f}{reward:>13.2f}{length:>8.1f}")
+far_steps = [0, *(evaluation["step"] for evaluation in far[0][1].evaluations)]
+far_curves = np.array(
+    [[[v.mean() for v in point] for point in (origin, *watch.points)] for watch in far_watches]
+)
+
+
+def recent(run, name, step, window=8):
+    """Mean of a record over the steps before `step`."""
+    return statistics.fmean(record[name] for record in run.records[max(0, step - window) : step])
+
+
+print("  step    loss  accuracy  margin h     KL  true reward  length    (means over seeds)")
+for step, (kl, reward, length) in zip(far_steps, far_curves.mean(axis=0), strict=True):
+    loss, right, margin = (
+        statistics.fmean(recent(run, name, step) for _, run in far) if step else start
+        for name, start in (("loss", math.log(2)), ("accuracy", 0.5), ("margin", 0.0))
+    )
+    print(
+        f"{step:>6}{loss:>8.3f}{right:>10.1%}{margin / over['beta']:>10.1f}{kl:>7.2f}{reward:>13.2f}{length:>8.1f}"
+    )
+
+# %%
+main_curves = np.array(
+    [[[v.mean() for v in point] for point in (origin, *watch.points)] for watch in watches]
+)
+points = np.concatenate([main_curves.reshape(-1, 3), far_curves.reshape(-1, 3)])
+points = points[points[:, 0] > 0]
+curve = fit_over_optimization(points[:, 0], points[:, 1], start_rewards.mean())
+grid = np.linspace(0, 1.05 * points[:, 0].max(), 200)[1:]
+series = {f"far, seed {seed}": (one[:, 0], one[:, 1]) for seed, one in zip(seeds, far_curves, strict=True)}
+series |= {
+    f"section 3, seed {seed}": (one[:, 0], one[:, 1]) for seed, one in zip(seeds, main_curves, strict=True)
+}
+figure = plotting.lines(
+    series, xlabel="KL(policy || reference), nats", ylabel="true reward", markers=True,
+    title="Over-optimization: what the policy writes", horizontal={"reference": start_rewards.mean()},
+)  # fmt: skip
+plotting.show(
+    figure,
+    alt="True reward against KL divergence, one line per run: those of section 3 stay near the reference and rise, "
+    "the runs that go too far reach large divergences and fall.",
+)
+print(f"fit of R0 + d (a - b ln d) to all points: a = {curve.alpha:.2f}, b = {curve.beta:.2f}, peak at {curve.peak_kl:.1f} nats")  # fmt: skip
+lost = [
+    paired_bootstrap(bad.points[-1][1], good.points[-1][1])
+    for bad, good in zip(far_watches, watches, strict=True)
+]
+for seed, one in zip(seeds, lost, strict=True):
+    print(f"seed {seed}: true reward at the end minus that of section 3's policy, same probes: {one:.2f}")
+results["far"] = over | {
+    "pairs": sizes["far_pairs"], "at": far_steps, "curves": far_curves, "main_curves": main_curves,
+    "fit": {"alpha": curve.alpha, "beta": curve.beta}, "lost": [one.value for one in lost],
+    "lost_high": [one.high for one in lost],
+    "accuracy": [recent(run, "accuracy", sizes["far"]) for _, run in far],
+    "main_accuracy": [recent(run, "accuracy", sizes["steps"]) for _, run in trained],
+}  # fmt: skip
+
+# %% [markdown]
+# **Read the result.** READ-4
+
+# %% [markdown]
+# ## 5. The family
+#
+# **Why.** Each descendant changes one thing: what a settled pair is, what a response is compared with, or whether there is a reference. Write three of them.
+#
+# **Exercise 5.** IPO: the square of the distance between the margin and its target $1/(2\beta)$.
+#
+# <details><summary>Hint</summary>
+#
+# A pair beyond the target is pulled back. There is no hinge.
+#
+# </details>
+
+
+# %% exercise="ipo_loss"
+def my_ipo_loss(
+    chosen_log_probs, rejected_log_probs, chosen_ref_log_probs, rejected_ref_log_probs, *, beta=0.1
+):
+    """Four tensors (B,) -> (B,)."""
+    raise NotImplementedError
+
+
+# %% check="ipo_loss"
+check("dpo/ipo_loss", my_ipo_loss)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def my_ipo_loss(chosen_log_probs, rejected_log_probs, chosen_ref_log_probs, rejected_ref_log_probs, *, beta=0.1):
+#     h = (chosen_log_probs - chosen_ref_log_probs) - (rejected_log_probs - rejected_ref_log_probs)
+#     return (h - 1 / (2 * beta)) ** 2
+# ```
+#
+# </details>
+#
+# **Exercise 6.** KTO: single responses, each compared with the reference point $z = \max(0, \text{mean of the mismatched log-ratios})$. The loss is $w\,(1 - \sigma(\pm\beta(\ell - z)))$, with + for desirable responses.
+#
+# <details><summary>Hint</summary>
+#
+# $z$ says where the loss saturates and is not trained: detach it.
+#
+# </details>
+
+
+# %% exercise="kto_loss"
+def my_kto_loss(
+    log_probs, ref_log_probs, desirable, mismatched_log_probs, mismatched_ref_log_probs,
+    *, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0,
+):  # fmt: skip
+    """Responses (B,), desirable (B,) bool, mismatched ones (M,) -> (B,)."""
+    raise NotImplementedError
+
+
+# %% check="kto_loss"
+check("dpo/kto_loss", my_kto_loss)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def my_kto_loss(
+#     log_probs, ref_log_probs, desirable, mismatched_log_probs, mismatched_ref_log_probs,
+#     *, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0,
+# ):
+#     z = (mismatched_log_probs - mismatched_ref_log_probs).mean().detach().clamp(min=0)
+#     away = log_probs - ref_log_probs - z
+#     gained = torch.where(desirable, away, -away)
+#     weight = torch.where(desirable, desirable_weight, undesirable_weight)
+#     return weight * (1 - torch.sigmoid(beta * gained))
+# ```
+#
+# </details>
+#
+# **Exercise 7.** SimPO: means per token in place of log-ratios, and a margin $\gamma$ of rewards to win by.
+#
+# <details><summary>Hint</summary>
+#
+# Each side is divided by its own length. $\gamma$ is not multiplied by $\beta$.
+#
+# </details>
+
+
+# %% exercise="simpo_loss"
+def my_simpo_loss(
+    chosen_log_probs, rejected_log_probs, chosen_lengths, rejected_lengths, *, beta=2.0, gamma=1.0
+):
+    """Summed log-probabilities and lengths, all (B,) -> (B,)."""
+    raise NotImplementedError
+
+
+# %% check="simpo_loss"
+check("dpo/simpo_loss", my_simpo_loss)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def my_simpo_loss(chosen_log_probs, rejected_log_probs, chosen_lengths, rejected_lengths, *, beta=2.0, gamma=1.0):
+#     chosen, rejected = chosen_log_probs / chosen_lengths, rejected_log_probs / rejected_lengths
+#     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
+# ```
+#
+# </details>
+#
+# **Predict.** The same pairs in the same order, the same rate, fewer steps than in section 3, each loss with the β that its paper or TRL starts from. Which one goes farthest from the reference? Which one hardly moves?
+
+# %%
+FAMILY = {
+    "DPO": {},
+    "cDPO": {"label_smoothing": 0.1},
+    "IPO": {"loss": "ipo", "length_normalized": False},
+    "KTO": {"loss": "kto"},
+    "ORPO": {"loss": "orpo"},
+    "SimPO": {"loss": "simpo"},
+}
+family = {}
+print(
+    f"{'':>6}{'KL':>7}  {'true reward minus the reference':<34}{'clear pairs':>12}{'chosen ln p':>13}{'length':>8}"
+)
+for name, options in FAMILY.items():
+    options = {"beta": dpo.BETAS[options.get("loss", "dpo")], "steps": sizes["family"]} | options
+    policy, _ = train(training, **options)
+    kl, rewards, lengths = written(policy)
+    margins, moved = held_out_margins(policy)
+    difference, right = paired_bootstrap(rewards, start_rewards), share(agrees(margins, 0)[clear])
+    print(
+        f"{name:>6}{kl.mean():>7.2f}  {difference:<34.2f}{right.value:>12.1%}{moved:>+13.2f}{lengths.mean():>8.1f}"
+    )
+    family[name] = {
+        "kl": kl.mean(), "gain": difference.value, "low": difference.low, "high": difference.high,
+        "accuracy": right.value, "chosen_moved": moved, "length": lengths.mean(),
+    }  # fmt: skip
+results["family"] = family | {"steps": sizes["family"]}
+
+# %% [markdown]
+# **Read the result.** READ-5
+
+# %% [markdown]
+# ## The same with the library
+#
+# TRL's `DPOTrainer` on the same pairs in the same order, from the same weights, with the same optimizer. Loss and gradient norm of every step are compared; the gradient norm is that of all weights together before clipping.
+
+# %%
+import transformers
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+from trl import DPOConfig, DPOTrainer
+
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+LIBRARY_STEPS, LIBRARY_PAIRS = 2 if smoke else 5, 4 if smoke else 16
+small = [pair for pair in pairs if pair.chosen != pair.rejected][: LIBRARY_STEPS * LIBRARY_PAIRS]
+source = batches_of(encoded(small), LIBRARY_PAIRS)
+order = [row for position in range(LIBRARY_STEPS) for row in source.rows(position)]
+options = {"steps": LIBRARY_STEPS, "lr": 1e-4, "warmup_steps": 0, "schedule": "constant", "precision": "fp32"}
+ours = copy.deepcopy(reference).cpu()
+ours_run = dpo.train_dpo(ours, source, dpo.cpu(beta=BETA, share_prompt=True, **options), progress=False)
+with tempfile.TemporaryDirectory() as folder:
+    save_pretrained(reference.cpu(), folder, tokenizer)
+    reference.to(device)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    arguments = DPOConfig(
+        output_dir=str(Path(folder, "trl")), max_steps=LIBRARY_STEPS, per_device_train_batch_size=LIBRARY_PAIRS,
+        learning_rate=1e-4, lr_scheduler_type="constant", adam_beta2=0.95, weight_decay=0.0, max_grad_norm=1.0,
+        beta=BETA, max_length=context + 1, train_sampling_strategy="sequential", precompute_ref_log_probs=True,
+        bf16=False, use_cpu=True, gradient_checkpointing=False, dataloader_pin_memory=False, logging_steps=1,
+        save_strategy="no", report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = DPOTrainer(
+        theirs, args=arguments, train_dataset=Dataset.from_list([small[row].row for row in order]),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+theirs_log = [row for row in trainer.state.log_history if "loss" in row]
+print("step   loss: ours      TRL   gradient norm: ours      TRL")
+for a, b in zip(ours_run.records, theirs_log, strict=True):
+    print(
+        f"{a['step']:>4} {a['loss']:>12.5f} {b['loss']:>8.5f} {a['grad_norm']:>21.4f} {b['grad_norm']:>8.4f}"
+    )
+loss_error = max(abs(a["loss"] - b["loss"]) for a, b in zip(ours_run.records, theirs_log, strict=True))
+norm_error = max(
+    abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in zip(ours_run.records, theirs_log, strict=True)
+)
+results["library"] = {"steps": LIBRARY_STEPS, "loss_error": loss_error, "norm_error": norm_error}
+
+# %% [markdown]
+# The formulas agree, and so does everything around them: which tokens count, where the reference's numbers come from, the mean over pairs. What differs is the work. TRL reads the prompt of a pair twice, here it is read once. `label_smoothing` deserves care: in TRL 1.16 it has no effect on the loss called `sigmoid`.
+
+# %% [markdown]
+# ## Measured results
+#
+# What this lab claims. Each line is computed from the runs above, and the lab stops if one does not hold.
+
+# %%
+# NBVAL_CHECK_OUTPUT
+claim(
+    "ln2",
+    abs(results["one_batch"]["loss"][0] - math.log(2)) < 1e-4,
+    "a policy that equals its reference has the loss ln 2",
+)
+claim(
+    "gradient",
+    gradient_error < 1e-3,
+    "a shared prompt and stored numbers give the gradient that is put together by hand",
+)
+claim("trl", loss_error < 1e-3 and norm_error < 1e-2, "losses and gradient norms of training equal TRL's")
+if own:
+    claim(
+        "accuracy",
+        all(a.low > 0.5 for a in accuracy),
+        "on clear held-out pairs the implicit reward is right more often than not, for every seed",
+    )
+    claim(
+        "reward",
+        all(g.low > 0 for g in gain),
+        "the true reward of what the policy writes rises, for every seed",
+    )
+    claim(
+        "settled",
+        results["weights"]["mistaken"] > results["weights"]["right"],
+        "at the end the annotator's mistakes have the larger weights",
+    )
+    claim(
+        "too-far",
+        all(one.high < 0 for one in lost),
+        "trained too far the policy writes worse than the one of section 3, for every seed",
+    )
+    claim(
+        "pairs-do-not-tell",
+        min(results["far"]["accuracy"]) > max(results["far"]["main_accuracy"]),
+        "and its training accuracy is higher",
+    )
+
+# %% [markdown]
+# ## Break it
+#
+# An annotator who likes long answers. The requests, the pairs of answers and the settings are those of before; only the labels differ: the reward is a fifth of the number of words, whatever they say.
+
+
+# %%
+def likes_words(request, answer):
+    """A reward of 1 for every five words."""
+    return len(answer.split()) / 5
+
+
+biased = encoded(annotate(requests, first, second, likes_words, noise=0.5, seed=SEED))
+longer = agrees([len(ids) for ids in biased.chosen], [len(ids) for ids in biased.rejected])
+longer_before = agrees([len(ids) for ids in training.chosen], [len(ids) for ids in training.rejected])
+policy, run = train(biased, steps=sizes["family"])
+_, rewards, lengths = written(policy)
+print(f"the longer answer is the chosen one in {share(longer):.1%} of the pairs; with the honest annotator in {share(longer_before):.1%}")  # fmt: skip
+print(f"length minus the reference's, same probes: {paired_bootstrap(lengths, start_lengths):+.1f} tokens")
+print(f"true reward minus the reference's:         {paired_bootstrap(rewards, start_rewards):+.2f}")
+print(
+    f"true reward minus that of section 3:       {paired_bootstrap(rewards, watches[0].points[-1][1]):+.2f}"
+)
+example = max(range(len(probes)), key=lambda i: lengths[i] - start_lengths[i])
+print(
+    f"\n{probes[example].messages[-1]['content']}\n  {answer_chats(policy, tokenizer, [probes[example].messages], greedy)[0][:400]}"
+)
+results["biased"] = {
+    "longer": float(share(longer).value), "honest_longer": float(share(longer_before).value),
+    "length": lengths.mean(), "reward": rewards.mean(), "start_length": start_lengths.mean(),
+}  # fmt: skip
+
+# %% [markdown]
+# **Diagnosis.** READ-B
+
+# %%
+# NBVAL_CHECK_OUTPUT
+told_apart = share(longer).low > share(longer_before).high
+claim(
+    "giveaway",
+    told_apart or not own,
+    "the labels alone show it: the longer answer wins more often than with an honest annotator",
+)
+if own:
+    claim("longer", paired_bootstrap(lengths, start_lengths).low > 0, "answers become longer")
+    claim(
+        "not-better",
+        paired_bootstrap(rewards, watches[0].points[-1][1]).high < 0,
+        "and their true reward stays below that of section 3",
+    )
+
+# %%
+store_results("dpo", results)
+
+# %% [markdown]
+# ## Takeaways
+#
+# * Before training on pairs, ask what tells the two sides apart without reading them. Length and likelihood are the first suspects.
+# * The loss of the first step is $\ln 2$. Overfit one batch before anything else, and watch both log-probabilities while it happens.
+# * Accuracy on pairs and quality of what is written are two measurements. A modest accuracy can go with a large gain, a high one with a loss.
+# * Late in a run the gradient comes from the pairs that the annotator got wrong. That is what label smoothing, IPO's target and KTO's saturation are for.
+# * Distance from the reference is spent, not earned. Measure what you want at several distances and stop there; no number from the training pairs knows where that is.
+# * Compare losses of the family at the distance they reached, and not only after equal steps.
+
+# %% [markdown]
+# ## Next
+#
+# The chapter, [Direct preference optimization and its family](../book/posttraining/dpo.md), derives the loss from the objective that it solves, says what it does not constrain, and compares published recipes. The next lab, [15 Reasoning](15_reasoning.ipynb), gives up pairs: the policy samples groups of answers, and a verifier pays for the right ones.

@@ -247,7 +247,9 @@ def local_folder(name_or_folder: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(name_or_folder), allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
+        return Path(
+            snapshot_download(str(name_or_folder), allow_patterns=["*.json", "*.jinja", "*.safetensors"])
+        )
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ValueError(
             f"{name_or_folder}: no such folder here, and the Hub cannot be reached or has no such model "
