@@ -225,7 +225,7 @@ plotting.show(
 )
 
 # %% [markdown]
-# **Read the result.** Half of the chain is worth nothing. The answer's digits are *copied* from the two steps, so accuracy stays at the level of guessing until the second step stands there, then rises within a few tokens. On the way forcing an answer is better than cutting, since a model with both steps written needs nothing but the words that open the result. In models with long chains the curve is smoother, because a chain holds several attempts; its shape is the same: a budget below what the problem needs buys little.
+# **Read the result.** Half of the chain is worth nothing. The answer's digits are *copied* from the two steps, so accuracy stays at the level of guessing until the second step stands there, then rises within a few tokens. Where the second step is nearly written, forcing an answer saves a few that would have been cut. A few tokens later it can do harm, since the comma may come in the middle of the result: closing words must fit the place where they are put. In models with long chains the curve is smoother, because a chain holds several attempts; its shape is the same: a budget below what the problem needs buys little.
 
 # %% [markdown]
 # ## 2. Many samples
@@ -363,7 +363,7 @@ for name, some in problems.items():
 results["cross"] = cross
 
 # %% [markdown]
-# **Read the result.** Where one sample is right more often than any single wrong answer, votes converge to the truth and do so quickly: questions that ask for steps are solved by a handful of samples. On plain questions guesses scatter around the truth, the mode is hardly better than a guess, and more votes give slowly growing agreement. The perfect chooser climbs to most problems there, because among many samples of a plain question one is right: by a lucky guess, or because it *happened* to write steps, which nobody taught the model to do here. A response with steps is right about as often whatever was asked. The count of true equations finds such responses without knowing the answer. It is an imperfect verifier, below the vote where all responses have steps, and useful as long as it chooses among responses that were written for another purpose. Remember it; it comes back in *Break it*.
+# **Read the result.** Where one sample is right more often than any single wrong answer, votes converge to the truth and do so quickly: questions that ask for steps are solved by a handful of samples. On plain questions guesses scatter around the truth, the mode is hardly better than a guess, and more votes give slowly growing agreement. The perfect chooser climbs to most problems there, because among many samples of a plain question one is right: by a lucky guess, or because it *happened* to write steps, which nobody taught the model to do here. A response with steps is right about as often whatever was asked. The count of true equations finds such responses without knowing the answer. It is an imperfect verifier, below the vote where most responses have steps, and useful as long as it chooses among responses that were written for another purpose. Remember it; it comes back in *Break it*.
 
 # %% [markdown]
 # ## 3. From rewards to a gradient
