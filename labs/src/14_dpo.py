@@ -61,9 +61,9 @@ from llmcourse.models.pretrained import save_pretrained
 from llmcourse.runtime import pick_device, progress
 
 SIZES = {
-    "cpu": {"requests": 2000, "held_out": 300, "probes": 64, "n_seeds": 3, "steps": 66, "far_pairs": 192, "far": 48, "family": 36, "lr": 3e-4, "new_tokens": 128},
-    "gpu": {"requests": 8000, "held_out": 300, "probes": 128, "n_seeds": 5, "steps": 240, "far_pairs": 512, "far": 320, "family": 120, "lr": 5e-5, "new_tokens": 160},
-    "smoke": {"requests": 12, "held_out": 6, "probes": 3, "n_seeds": 2, "steps": 2, "far_pairs": 8, "far": 4, "family": 2, "lr": 1e-4, "new_tokens": 12},
+    "cpu": {"requests": 2000, "held_out": 300, "probes": 64, "n_seeds": 3, "steps": 70, "far": 75, "family": 30, "lr": 3e-4, "new_tokens": 128},
+    "gpu": {"requests": 8000, "held_out": 300, "probes": 128, "n_seeds": 5, "steps": 240, "far": 300, "family": 120, "lr": 5e-5, "new_tokens": 160},
+    "smoke": {"requests": 12, "held_out": 6, "probes": 3, "n_seeds": 2, "steps": 2, "far": 3, "family": 2, "lr": 1e-4, "new_tokens": 12},
 }  # fmt: skip
 if PRESET not in SIZES:
     raise ValueError(f"PRESET={PRESET!r}: choose one of {', '.join(SIZES)}")
@@ -306,14 +306,14 @@ BETA = 0.1
 STORED = {}  # log-probabilities under the reference, by the checksum of the pairs: one pass each
 
 
-def with_stored(data, seed):
+def with_stored(data, seed, batch_size):
     """Batches of pairs that carry the reference's two numbers of each pair."""
     if data.checksum not in STORED:
         STORED[data.checksum] = reference_log_probs(reference, batches_of(data), progress=False)
-    return ReferenceBatches(batches_of(data, seed=seed), STORED[data.checksum])
+    return ReferenceBatches(batches_of(data, batch_size, seed), STORED[data.checksum])
 
 
-def train(data, *, seed=SEED, evaluate=None, **changes):
+def train(data, *, seed=SEED, batch_size=32, evaluate=None, **changes):
     """A copy of the reference trained on encoded pairs, and the run's records."""
     policy = copy.deepcopy(reference)
     options = {
@@ -325,7 +325,9 @@ def train(data, *, seed=SEED, evaluate=None, **changes):
     } | changes
     settings = dpo.preset("cpu" if smoke else PRESET, **options)
     # KTO's reference point needs a third row a pair, which train_dpo adds and computes itself
-    source = batches_of(data, seed=seed) if settings.loss == "kto" else with_stored(data, seed)
+    source = (
+        batches_of(data, batch_size, seed) if settings.loss == "kto" else with_stored(data, seed, batch_size)
+    )
     run = dpo.train_dpo(policy, source, settings, reference=reference, evaluate=evaluate, progress=False)
     return policy.eval(), run
 
@@ -490,7 +492,24 @@ for task in TASKS:
     print(
         f"{task:>12}: {before:.1%} before; by seed afterwards " + ", ".join(f"{a.value:.1%}" for a in after)
     )
+plain = [
+    one for one in instructions.held_out("sums", sizes["probes"], SEED + 3) if "steps" not in one.variety
+]
+
+
+def shows_steps(model):
+    """Share of plainly asked sums that are answered with their steps."""
+    answers = answer_chats(model, tokenizer, [one.messages for one in plain], greedy)
+    return sum(":" in answer for answer in answers) / max(1, len(plain))
+
+
+steps_before, *steps_after = (shows_steps(model) for model in (reference, *(policy for policy, _ in trained)))
+print(
+    f"steps shown where nobody asked for them (n={len(plain)}): {steps_before:.1%} before; afterwards "
+    + ", ".join(f"{value:.1%}" for value in steps_after)
+)
 results["main"] = {
+    "steps_shown": {"before": steps_before, "after": steps_after, "n": len(plain)},
     "steps": sizes["steps"], "beta": BETA, "lr": sizes["lr"], "seeds": list(seeds), "by_task": by_task,
     "start": start_rewards.mean(), "accuracy": [a.value for a in accuracy], "accuracy_low": [a.low for a in accuracy],
     "gain": [g.value for g in gain], "gain_low": [g.low for g in gain], "gain_high": [g.high for g in gain],
@@ -522,25 +541,24 @@ results["weights"] = {
 }  # fmt: skip
 
 # %% [markdown]
-# **Read the result.** The accuracy on held-out pairs is modest, hardly better than that of the simple rules of section 1, and still the answers are clearly better. The two measure different things. Accuracy asks whether a small model can judge a right sum beside a wrong one, which it must compute for that; the gain comes from what it writes. The table by task shows where: unasked, the assistant used to write a bare result and got it wrong, and in the few pairs in which one answer had its steps written out, that answer mostly won. The policy has learned to show the steps more often. Nobody told it to. Compare also the chosen log-probability: where it has fallen, the loss was earned on the rejected side.
+# **Read the result.** The accuracy on held-out pairs is modest, no better than that of the simple rules of section 1, and still the answers earn more. The two measure different things. Accuracy asks the policy to judge two given answers, and to tell a right sum from a wrong one it would have to compute. The true reward asks what it writes. Where did the gain come from? Bare results of sums are mostly wrong in this model, sums with their steps mostly right, and now and then an answer shows its steps although nobody asked for them. Such an answer usually wins its pair. The last line of the table by task says whether the policy has picked that up. The rows of the tasks without pairs say what it cost elsewhere; with so few requests a row, a difference of a few points is noise.
 #
-# The weights tell what the rest of a run would do. Most pairs are nowhere near settled at this β, so nearly all of them still pull; the mistaken ones pull hardest, against the annotator's own taste.
+# Compare also the chosen log-probability of section 3's policies: where it has fallen, the margin was earned on the rejected side. And the weights: hardly any pair is settled at this β, so nearly all of them still pull, those with a wrong label included.
 
 # %% [markdown]
 # ## 4. Over-optimization
 #
-# **Why.** Two knobs decide how far a run goes from its reference: how soon pairs count as settled ($\beta$), and how long and how fast it trains. Turn both the wrong way, and the same pairs that improved the answers ruin them, while the numbers computed from pairs look better than before.
+# **Why.** Two knobs decide how far a run goes from its reference: how soon pairs count as settled ($\beta$), and how long and how fast it trains. Turn both the wrong way, and the pairs that improved the answers ruin them, while nothing that is computed from pairs gives an alarm.
 #
-# **Predict.** A few of the pairs, read again and again, with $\beta = 0.01$ in place of 0.1 and a constant rate twice as high. Sketch the true reward against the step. What will the training accuracy do meanwhile?
+# **Predict.** The same pairs and labels, $\beta = 0.01$ in place of 0.1, and a constant rate twice as high. Sketch the true reward against the step. What will the accuracy on held-out pairs be at the end, compared with section 3?
 
 # %%
-over = {"beta": 0.01, "lr": 2 * sizes["lr"], "schedule": "constant", "steps": sizes["far"], "eval_every": sizes["far"] // 4}  # fmt: skip
+over = {"beta": 0.01, "lr": 2 * sizes["lr"], "schedule": "constant", "steps": sizes["far"], "eval_every": max(1, sizes["far"] // 5)}  # fmt: skip
 far, far_watches = [], []
 for seed in progress(seeds, description="too far", unit="run"):
     labels = annotate(requests, first, second, instructions.reward, noise=0.5, seed=seed)
-    different = [pair for pair in labels if pair.chosen != pair.rejected][: sizes["far_pairs"]]
     far_watches.append(Watch())
-    far.append(train(encoded(different), seed=seed, evaluate=far_watches[-1], **over))
+    far.append(train(encoded(labels), seed=seed, batch_size=16, evaluate=far_watches[-1], **over))
 origin = (np.zeros_like(start_rewards), start_rewards, start_lengths)
 far_steps = [0, *(evaluation["step"] for evaluation in far[0][1].evaluations)]
 far_curves = np.array(
@@ -548,7 +566,7 @@ far_curves = np.array(
 )
 
 
-def recent(run, name, step, window=8):
+def recent(run, name, step, window=15):
     """Mean of a record over the steps before `step`."""
     return statistics.fmean(record[name] for record in run.records[max(0, step - window) : step])
 
@@ -589,18 +607,25 @@ lost = [
     paired_bootstrap(bad.points[-1][1], good.points[-1][1])
     for bad, good in zip(far_watches, watches, strict=True)
 ]
-for seed, one in zip(seeds, lost, strict=True):
-    print(f"seed {seed}: true reward at the end minus that of section 3's policy, same probes: {one:.2f}")
+far_margins = [held_out_margins(policy) for policy, _ in far]
+far_accuracy = [share(agrees(margins, 0)[clear]) for margins, _ in far_margins]
+for seed, one, right, (_, moved) in zip(seeds, lost, far_accuracy, far_margins, strict=True):
+    print(
+        f"seed {seed}: true reward minus that of section 3's policy, same probes: {one:+.2f}; "
+        f"accuracy on clear held-out pairs {right.value:.1%}, chosen ln p {moved:+.1f}"
+    )
 results["far"] = over | {
-    "pairs": sizes["far_pairs"], "at": far_steps, "curves": far_curves, "main_curves": main_curves,
+    "at": far_steps, "curves": far_curves, "main_curves": main_curves, "batch_size": 16,
     "fit": {"alpha": curve.alpha, "beta": curve.beta}, "lost": [one.value for one in lost],
-    "lost_high": [one.high for one in lost],
-    "accuracy": [recent(run, "accuracy", sizes["far"]) for _, run in far],
-    "main_accuracy": [recent(run, "accuracy", sizes["steps"]) for _, run in trained],
+    "lost_high": [one.high for one in lost], "accuracy": [one.value for one in far_accuracy],
+    "chosen_moved": [moved for _, moved in far_margins],
+    "loss": [recent(run, "loss", sizes["far"]) for _, run in far],
 }  # fmt: skip
 
 # %% [markdown]
-# **Read the result.** READ-4
+# **Read the result.** The divergence keeps growing, the answers become longer, and whatever the first steps gained is lost: at the end the policy writes worse than those of the shorter runs. Now look for an alarm in what the pairs say. The loss on the training pairs is below $\ln 2$, so by its own account the policy is better than the reference. The accuracy on held-out pairs is where section 3 ended, or close to it. Only one record looks odd, and it is not one that the loss contains: the log-probability of the chosen answers has dropped by many nats. The policy has become unlikely to write either answer of a pair; what it writes instead is in no pair, so no pair can object.
+#
+# The fitted curve is Gao's form, drawn for reinforcement learning. Read it as a summary: runs that went along different roads do not lie on one curve, and where its peak is depends on which points one has.
 
 # %% [markdown]
 # ## 5. The family
@@ -738,7 +763,7 @@ for name, options in FAMILY.items():
 results["family"] = family | {"steps": sizes["family"]}
 
 # %% [markdown]
-# **Read the result.** READ-5
+# **Read the result.** Equal steps are not an equal distance, and most of the differences in the table are differences of distance. ORPO has hardly moved: with its weight of 0.1 on the odds ratio it is mostly fine-tuning on answers that the model already gives. SimPO has nothing that holds it, and a rate that suits the others takes it farther. IPO's step is short because its gradient does not fade and does not grow either: a pair at $h = 0$ is 5 nats from its target, almost whatever its margin is. With one seed and overlapping intervals the table ranks nothing. To compare methods, give each its own best rate and β, and plot reward against KL as in section 4.
 
 # %% [markdown]
 # ## The same with the library
@@ -827,19 +852,19 @@ if own:
         "the true reward of what the policy writes rises, for every seed",
     )
     claim(
-        "settled",
-        results["weights"]["mistaken"] > results["weights"]["right"],
-        "at the end the annotator's mistakes have the larger weights",
-    )
-    claim(
         "too-far",
         all(one.high < 0 for one in lost),
         "trained too far the policy writes worse than the one of section 3, for every seed",
     )
     claim(
-        "pairs-do-not-tell",
-        min(results["far"]["accuracy"]) > max(results["far"]["main_accuracy"]),
-        "and its training accuracy is higher",
+        "displacement",
+        max(moved for _, moved in far_margins) < min(results["main"]["chosen_moved"]),
+        "and the chosen answers have become less likely than in any run of section 3",
+    )
+    claim(
+        "no-alarm",
+        max(results["far"]["loss"]) < math.log(2),
+        "yet on the training pairs its loss is below that of the reference",
     )
 
 # %% [markdown]
@@ -875,7 +900,7 @@ results["biased"] = {
 }  # fmt: skip
 
 # %% [markdown]
-# **Diagnosis.** READ-B
+# **Diagnosis.** The records of this run look as healthy as those of any other: the loss has no opinion about why an answer was chosen. What gives the annotator away is there before training. The rule "the longer one" agrees with clearly more of these labels than of the honest annotator's, on the same pairs of answers. Afterwards, the length of the answers is the record to watch. The remedies are in the data (pairs of like length, or a judge who is told the lengths) or in the loss: a price per token in the logit, or log-ratios divided by their lengths.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -902,7 +927,7 @@ store_results("dpo", results)
 # * Before training on pairs, ask what tells the two sides apart without reading them. Length and likelihood are the first suspects.
 # * The loss of the first step is $\ln 2$. Overfit one batch before anything else, and watch both log-probabilities while it happens.
 # * Accuracy on pairs and quality of what is written are two measurements. A modest accuracy can go with a large gain, a high one with a loss.
-# * Late in a run the gradient comes from the pairs that the annotator got wrong. That is what label smoothing, IPO's target and KTO's saturation are for.
+# * The weight of a pair is largest where the implicit reward disagrees with the label, and a wrong label looks like a hard pair. That is what label smoothing, IPO's target and KTO's saturation are for.
 # * Distance from the reference is spent, not earned. Measure what you want at several distances and stop there; no number from the training pairs knows where that is.
 # * Compare losses of the family at the distance they reached, and not only after equal steps.
 
