@@ -1283,4 +1283,4 @@ store_results("peft", results)
 # %% [markdown]
 # ## Next
 #
-# The chapter, [LoRA and its relatives](../book/posttraining/peft.md), derives what was measured here, from the first step to the last bit, and has exercises with solutions. Chapter 14, [Direct preference optimization and its family](../book/posttraining/dpo.md), needs a second copy of the model as a reference; with an adapter, that copy is the same model with the adapter switched off.
+# The chapter, [LoRA and its relatives](../book/posttraining/peft.md), derives what was measured here, from the first step to the last bit, and has exercises with solutions. Methods that keep a frozen copy of the model as a reference get it from an adapter for nothing: it is the same model with the adapter switched off (`lora_disabled`).
