@@ -24,7 +24,6 @@ CPU = (
     "sft_speed",
     "dpo_speed",
     "grpo_speed",
-    "stages",
 )
 GPU = ("gpu_pretraining",)
 
