@@ -216,7 +216,7 @@ def test_build_makes_a_stage_and_artifacts_lists_it(command, monkeypatch, traine
     monkeypatch.setattr(pipeline, "load", load)
     output = command("build", "base", "--preset", "gpu", "--seed", 3)
     assert output.code == 0
-    assert asked == [("base", {"preset": "gpu", "corpus": "tinytown", "seed": 3})]
+    assert asked == [("base", {"preset": "gpu", "corpus": "tinytown", "seed": 3, "model": ""})]
     assert (
         re.search(r"^validation_loss +1\.5$", output.out, re.MULTILINE) and f"base: {trained}" in output.out
     )
