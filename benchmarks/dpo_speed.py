@@ -4,8 +4,7 @@ A speed is steps over the seconds of the whole run. Where log-probabilities unde
 pass counts; where they are not, each step holds a forward pass of the reference.
 
 Ours is `train_dpo` in two ways that give the same numbers: with two rows a pair, and with one, in which both answers
-share their prompt. The bar is for the faster one, which in bf16 on a CPU is the first: there torch's masked attention,
-which the shared rows need, is slow in the backward pass.
+share their prompt. The bar is for the one that `DPOSettings` takes when nothing is said: see `sharing_pays`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 The base model has first learned, in a short fine-tuning, to answer sums in the chat format and to stop. Ours is
 `train_grpo` in two ways that give the same numbers: a row for each response, and a row for each group, in which all
-responses share their prompt. The bar is for the faster one, as in `dpo_speed`.
+responses share their prompt. Sharing is a setting of `RolloutSettings`, good for answers about as short as their
+prompts; the bars are for it in fp32 and for separate rows in bf16, where either reaches them.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ results = {"preset": PRESET, "corpus": CORPUS, "seed": SEED, "model": MODEL, "st
 #
 # **Why.** A matrix with a million numbers can be changed by a product of two thin ones with a few thousand, $W + s\,BA$. Everything that training keeps for each trained number shrinks with them.
 #
-# The model is the course's assistant: the base model, fine-tuned on requests about the town (`llmcourse build sft`). If this machine has not trained it yet, it does so now.
+# The model is the course's assistant: the base model, fine-tuned on requests about the town as in [chapter 10](../book/posttraining/finetuning.md). If this machine has not trained it yet, it does so now.
 
 # %%
 stage = {"preset": "cpu" if PRESET == "smoke" else PRESET, "corpus": CORPUS, "seed": SEED, "model": MODEL}
@@ -1218,7 +1218,7 @@ makers = {
     "LoRA and embedding": lambda seed: with_embedding(with_lora(4, seed=seed)),
     "full": lambda seed: copy.deepcopy(assistant),
 }
-short = max(2, sizes["steps"] // 3)
+short = sizes["steps"] // 3
 json_curves = {
     name: [
         train(make(seed), json_data, best["full" if name == "full" else "LoRA"], seed=seed, steps=short)
@@ -1283,4 +1283,4 @@ store_results("peft", results)
 # %% [markdown]
 # ## Next
 #
-# The chapter, [LoRA and its relatives](../book/posttraining/peft.md), derives what was measured here, from the first step to the last bit, and has exercises with solutions. Methods that keep a frozen copy of the model as a reference get it from an adapter for nothing: it is the same model with the adapter switched off (`lora_disabled`).
+# The chapter, [LoRA and its relatives](../book/posttraining/peft.md), derives what was measured here, from the first step to the last bit, and has exercises with solutions. Chapter 14, [Direct preference optimization and its family](../book/posttraining/dpo.md), needs a second copy of the model as a reference; with an adapter, that copy is the same model with the adapter switched off.

@@ -1011,4 +1011,4 @@ store_results("reasoning", results)
 # %% [markdown]
 # ## Next
 #
-# The chapter, [Reasoning models and test-time compute](../book/posttraining/reasoning.md), derives the estimators and the objectives, says what is known about sharpening, and compares the recipes of 2024 to 2026. Where no program can tell right from wrong, people or models judge, and what was seen in *Break it* returns.
+# The chapter, [Reasoning models and test-time compute](../book/posttraining/reasoning.md), derives the estimators and the objectives, says what is known about sharpening, and compares the recipes of 2024 to 2026. Where no program can tell right from wrong, people or models judge, and what was seen in *Break it* returns: [Direct preference optimization](../book/posttraining/dpo.md) has a lab on that.

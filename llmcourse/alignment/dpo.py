@@ -25,7 +25,13 @@ from llmcourse.alignment.reference import (
     joined,
     reference_log_probs,
 )
-from llmcourse.alignment.shared_prompt import CHOSEN, REJECTED, SharedPrompt, SharedPromptBatches
+from llmcourse.alignment.shared_prompt import (
+    CHOSEN,
+    REJECTED,
+    SharedPrompt,
+    SharedPromptBatches,
+    sharing_pays,
+)
 from llmcourse.data.epoch_batches import EpochBatches
 from llmcourse.data.packing import IGNORE
 from llmcourse.training import distributed
@@ -68,9 +74,9 @@ class DPOSettings:
     """simpo: margin that the chosen response must win by"""
     chunk_size: int | None = None
     """positions that go through the output head at a time, see `response_log_probs`; `None`: all together"""
-    share_prompt: bool = False
+    share_prompt: bool | None = None
     """send each prompt through the model once for both responses, see `shared_prompt.py`; the same numbers, fewer
-    positions"""
+    positions; `None`: where that is faster, see `sharing_pays`"""
     fit: FitSettings = field(
         default_factory=lambda: FitSettings(steps=100, lr=3e-4, weight_decay=0.0, compile="off")
     )
@@ -227,7 +233,7 @@ def _pair_log_probs(
     model: nn.Module, batch: Batch, settings: DPOSettings
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Summed ln pi and lengths of the chosen and of the rejected responses, (B,) each."""
-    if not settings.share_prompt:
+    if settings.share_prompt is False or (settings.share_prompt is None and "shared_tokens" not in batch):
         tokens, targets = joined(batch, PAIR)
         log_probs = response_log_probs(model, tokens, targets, chunk_size=settings.chunk_size).sum(dim=-1)
         return log_probs.chunk(2), response_lengths(targets).chunk(2)
@@ -270,14 +276,17 @@ def with_reference(
 ) -> EpochBatches:
     """Batches of pairs with all that the loss needs of the reference; `batches` itself where it needs nothing.
 
-    For kto the pairs also get their "mismatched" rows, see `MismatchedBatches`; with `share_prompt`, their shared rows.
+    For kto the pairs also get their "mismatched" rows, see `MismatchedBatches`; with a shared prompt, their shared rows.
 
     Raises:
         ValueError: what `reference_log_probs` refuses.
     """
     if settings.has_reference and not isinstance(batches, ReferenceBatches | SharedPromptBatches):
         batches = _with_reference(reference, batches, settings, batch_size, progress)
-    if settings.share_prompt and not isinstance(batches, SharedPromptBatches):
+    shares = settings.share_prompt
+    if shares is None:
+        shares = sharing_pays(settings.fit.precision, next(reference.parameters()).device)
+    if shares and not isinstance(batches, SharedPromptBatches):
         batches = SharedPromptBatches(batches)
     return batches
 

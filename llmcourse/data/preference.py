@@ -5,6 +5,7 @@ Legend: B pairs of a batch, T slots of a row, M pairs.
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import zlib
@@ -244,6 +245,54 @@ def annotate(
                 chosen=choice.chosen,
                 rejected=choice.rejected,
                 margin=choice.margin,
+            )
+        )
+    return pairs
+
+
+def annotate_rankings(
+    instructions: Sequence[TownInstruction],
+    answers: Sequence[Sequence[str]],
+    reward: Callable[[TownInstruction, str], float],
+    *,
+    noise: float,
+    seed: int = 0,
+) -> list[PreferencePair]:
+    """Let an annotator rank several answers to each request; the first and the last of the ranking are the pair.
+
+    The annotator sees each true reward with an error from a Gumbel distribution of scale `noise`, which is the ranking
+    model of Plackett (1975): between any two answers it chooses as the Bradley-Terry annotator of `annotate` does.
+
+    Args:
+        instructions: the requests.
+        answers: lists of answers, one answer to each request in each list.
+        reward: the true reward, for example `TownInstructions.reward`.
+        noise: of the annotator, in units of reward; 0 makes no mistakes and breaks ties at random.
+        seed: of the annotator's mistakes.
+
+    Raises:
+        ValueError: fewer than two lists, lists of different lengths, or a negative noise or seed.
+    """
+    if len(answers) < 2 or any(len(one) != len(instructions) for one in answers):
+        raise ValueError(
+            f"{len(instructions)} requests, lists of {[len(one) for one in answers]} answers: give at least two "
+            "lists with one answer to each request"
+        )
+    if noise < 0.0:
+        raise ValueError(f"noise={noise}: use 0 for a perfect annotator or a positive number")
+    rng = stream(_PAIRS, seed, 2)
+    pairs = []
+    for instruction, *candidates in zip(instructions, *answers, strict=True):
+        rewards = [reward(instruction, answer) for answer in candidates]
+        errors = [-math.log(-math.log(max(rng.random(), 1e-300))) for _ in candidates]
+        seen = [(r + noise * e, e) for r, e in zip(rewards, errors, strict=True)]  # e decides where noise is 0
+        last, first = seen.index(min(seen)), seen.index(max(seen))
+        pairs.append(
+            PreferencePair(
+                messages=instruction.messages,
+                chosen=candidates[first],
+                rejected=candidates[last],
+                margin=rewards[first] - rewards[last],
             )
         )
     return pairs

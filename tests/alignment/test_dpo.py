@@ -160,6 +160,15 @@ def test_a_shared_prompt_gives_the_same_loss_and_gradients(loss):
     assert all(torch.allclose(a, b, atol=2e-5) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize(("precision", "shared"), [("fp32", True), ("bf16", False)])
+def test_left_open_the_prompt_is_shared_in_float32(precision, shared):
+    options = with_changes(settings(), precision=precision)
+    assert options.share_prompt is None
+    batch = stored(options, new_model(1)).next()
+    assert ("shared_tokens" in batch) is shared
+    assert torch.isfinite(preference_loss(options)(new_model(), batch)[0])
+
+
 def test_shared_rows_by_hand():
     data = pairs(1)
     data.prompts[0], data.chosen[0], data.rejected[0] = (
@@ -356,7 +365,7 @@ def test_further_evaluations_are_recorded_too():
 def test_losses_without_a_reference_run_none():
     source = batches()
     for loss in ("orpo", "simpo"):
-        assert with_reference(new_model(), source, settings(loss), progress=False) is source
+        assert with_reference(new_model(), source, settings(loss, share_prompt=False), progress=False) is source
     with pytest.raises(ValueError, match="no 'chosen_ref_log_probs'"):
         preference_loss(settings())(new_model(), source.next())
 

@@ -15,6 +15,7 @@ from llmcourse.data.preference import (
     PreferenceBatches,
     PreferencePair,
     annotate,
+    annotate_rankings,
     encode_pairs,
     mistake,
     town_pairs,
@@ -151,6 +152,42 @@ def test_margins_are_differences_of_the_given_reward(instructions: TownInstructi
         annotate(requests, ["a"], ["a", "b", "c"], lambda *_: 0.0, noise=0.0)
     with pytest.raises(ValueError, match="noise=-1"):
         annotate(requests, ["a"] * 3, ["b"] * 3, lambda *_: 0.0, noise=-1.0)
+
+
+def test_a_ranking_gives_its_first_and_its_last(instructions: TownInstructions):
+    requests = instructions.training(2)
+    answers = [["aa", "x"], ["a", "yyyy"], ["aaa", "zz"]]
+    pairs = annotate_rankings(requests, answers, lambda _, text: len(text), noise=0.0)
+    assert [(p.chosen, p.rejected, p.margin) for p in pairs] == [("aaa", "a", 2), ("yyyy", "x", 3)]
+    ties = {
+        (p.chosen, p.rejected)
+        for seed in range(20)
+        for p in annotate_rankings(requests, answers, lambda *_: 1.0, noise=0.0, seed=seed)
+    }
+    assert len(ties) > 6 and all(chosen != rejected for chosen, rejected in ties)
+    with pytest.raises(ValueError, match=r"2 requests, lists of \[2, 1\] answers"):
+        annotate_rankings(requests, [["a", "b"], ["a"]], lambda *_: 0.0, noise=0.0)
+    with pytest.raises(ValueError, match="at least two lists"):
+        annotate_rankings(requests, [["a", "b"]], lambda *_: 0.0, noise=0.0)
+    with pytest.raises(ValueError, match="noise=-1"):
+        annotate_rankings(requests, answers, lambda *_: 0.0, noise=-1.0)
+
+
+def test_two_answers_are_ranked_as_bradley_and_terry_say(instructions: TownInstructions):
+    requests = instructions.training(1) * 4000
+    answers = [["aa"] * 4000, ["a"] * 4000]
+    pairs = annotate_rankings(requests, answers, lambda _, text: float(len(text)), noise=0.8, seed=3)
+    right = np.mean([one.margin > 0 for one in pairs])
+    assert abs(right - 1 / (1 + np.exp(-1 / 0.8))) < 4 * 0.5 / np.sqrt(4000)
+
+
+def test_the_best_of_three_is_chosen_with_a_softmax(instructions: TownInstructions):
+    requests = instructions.training(1) * 4000
+    answers = [[text] * 4000 for text in ("a", "aa", "aaaa")]
+    pairs = annotate_rankings(requests, answers, lambda _, text: float(len(text)), noise=1.5, seed=4)
+    weights = np.exp(np.array([1, 2, 4]) / 1.5)
+    for text, share in zip(("a", "aa", "aaaa"), weights / weights.sum(), strict=True):
+        assert abs(np.mean([one.chosen == text for one in pairs]) - share) < 4 * 0.5 / np.sqrt(4000)
 
 
 def test_a_mistake_changes_one_word_for_another_of_its_kind():
