@@ -24,6 +24,8 @@ CPU = (
     "sft_speed",
     "dpo_speed",
     "grpo_speed",
+    "stages",
+    "serving_speed",
 )
 GPU = ("gpu_pretraining",)
 

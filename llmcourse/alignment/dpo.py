@@ -276,7 +276,8 @@ def with_reference(
 ) -> EpochBatches:
     """Batches of pairs with all that the loss needs of the reference; `batches` itself where it needs nothing.
 
-    For kto the pairs also get their "mismatched" rows, see `MismatchedBatches`; with a shared prompt, their shared rows.
+    For kto the pairs also get their "mismatched" rows, see `MismatchedBatches`; with a shared prompt, shared
+    rows.
 
     Raises:
         ValueError: what `reference_log_probs` refuses.

@@ -285,7 +285,9 @@ def annotate_rankings(
     for instruction, *candidates in zip(instructions, *answers, strict=True):
         rewards = [reward(instruction, answer) for answer in candidates]
         errors = [-math.log(-math.log(max(rng.random(), 1e-300))) for _ in candidates]
-        seen = [(r + noise * e, e) for r, e in zip(rewards, errors, strict=True)]  # e decides where noise is 0
+        seen = [
+            (r + noise * e, e) for r, e in zip(rewards, errors, strict=True)
+        ]  # e decides where noise is 0
         last, first = seen.index(min(seen)), seen.index(max(seen))
         pairs.append(
             PreferencePair(

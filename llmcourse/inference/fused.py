@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmcourse.inference.kv_cache import KVCache
-from llmcourse.models.attention import Attention, RMSNorm, SwiGLU
+from llmcourse.models.attention import Attention, Cache, RMSNorm, SwiGLU
 from llmcourse.models.transformer import Block, Transformer
 
 LARGEST = 300_000_000
@@ -78,8 +77,16 @@ class FusedTransformer:
             (eps * model.config.d_head).sqrt(),
         )
 
-    def logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
+    def logits(self, tokens: Tensor, cache: Cache) -> Tensor:
         """tokens (B, T) int64, new ones only -> logits (B, V) after the last of them."""
+        return self.unembed(self.hidden(tokens, cache)[:, -1])
+
+    def unembed(self, x: Tensor) -> Tensor:
+        """The residual stream (.., D) -> logits (.., V)."""
+        return _normalize(x, self._floor) @ self.head
+
+    def hidden(self, tokens: Tensor, cache: Cache) -> Tensor:
+        """tokens (B, T) int64, new ones only -> residual stream behind the last block (B, T, D), before its norm."""
         B, T = tokens.shape
         rope, mask = self._rope(T, cache), cache.mask(T)
         x = F.embedding(tokens.reshape(-1), self.embedding)  # (B T, D)
@@ -90,9 +97,9 @@ class FusedTransformer:
             gate, up = (_normalize(x, self._floor) @ layer.gate_up).chunk(2, dim=-1)  # (B T, F)
             x = torch.addmm(x, F.silu(gate) * up, layer.down)
         cache.advance(T)
-        return _normalize(x.view(B, T, -1)[:, -1], self._floor) @ self.head
+        return x.view(B, T, -1)
 
-    def _rope(self, n_tokens: int, cache: KVCache) -> tuple[Tensor, Tensor]:
+    def _rope(self, n_tokens: int, cache: Cache) -> tuple[Tensor, Tensor]:
         """Tables of the new positions, (T, C), or (B, 1, T, C) when rows start apart."""
         index = cache.positions(n_tokens)
         if index is not None:
@@ -106,7 +113,7 @@ class FusedTransformer:
         layer: _Layer,
         heads: Tensor,
         rope: tuple[Tensor, Tensor],
-        cache: KVCache,
+        cache: Cache,
         mask: Tensor | None,
     ) -> Tensor:
         """heads (B, H + 2 K, T, C): queries, keys, values -> (B T, H C), the heads' outputs side by side."""

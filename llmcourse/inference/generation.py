@@ -78,7 +78,7 @@ def generate(
             new = new_ids[rows[i]]
             new.append(token)
             is_full = len(prompts[rows[i]]) + len(new) == context
-            if not is_full and not (params.stop and _holds_stop(new, params, tokenizer)):
+            if not is_full and not (params.stop and holds_stop(new, params, tokenizer)):
                 running.append(i)
         if not running:
             break
@@ -158,7 +158,8 @@ def _last_logits(model: Transformer, tokens: Tensor, padding: Tensor, cache: KVC
     return model.head(model.hidden_states(tokens, cache)[:, -1])
 
 
-def _holds_stop(ids: list[int], params: SamplingParams, tokenizer: TextCodec | None) -> bool:
+def holds_stop(ids: list[int], params: SamplingParams, tokenizer: TextCodec | None) -> bool:
+    """Whether the end of the new ids holds a stop string."""
     assert tokenizer is not None
     longest = max(len(s.encode()) for s in params.stop)
     tail = tokenizer.decode(ids[-(longest + 8) :])  # a token has at least a byte, so the tail is long enough

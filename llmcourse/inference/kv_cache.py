@@ -105,6 +105,18 @@ class KVCache:
         """Count `n_tokens` as stored."""
         self.length += n_tokens
 
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` slots of each row, for example tokens that were only proposed.
+
+        Raises:
+            ValueError: more than is stored, or less than nothing.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(
+                f"length={length}: the cache holds {self.length} tokens, give 0 to {self.length}"
+            )
+        self.length = length
+
     def keep_rows(self, rows: Tensor) -> None:
         """Keep only the rows of these indices (n,), in this order: finished rows cost nothing more."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]

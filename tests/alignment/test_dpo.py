@@ -365,7 +365,9 @@ def test_further_evaluations_are_recorded_too():
 def test_losses_without_a_reference_run_none():
     source = batches()
     for loss in ("orpo", "simpo"):
-        assert with_reference(new_model(), source, settings(loss, share_prompt=False), progress=False) is source
+        assert (
+            with_reference(new_model(), source, settings(loss, share_prompt=False), progress=False) is source
+        )
     with pytest.raises(ValueError, match="no 'chosen_ref_log_probs'"):
         preference_loss(settings())(new_model(), source.next())
 
