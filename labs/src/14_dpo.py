@@ -745,7 +745,12 @@ print(
     f"{'':>6}{'KL':>7}  {'true reward minus the reference':<34}{'clear pairs':>12}{'chosen ln p':>13}{'length':>8}"
 )
 for name, options in FAMILY.items():
-    options = {"beta": dpo.BETAS[options.get("loss", "dpo")], "steps": sizes["family"], "warmup_steps": 2, "batch_size": 16} | options
+    options = {
+        "beta": dpo.BETAS[options.get("loss", "dpo")],
+        "steps": sizes["family"],
+        "warmup_steps": 2,
+        "batch_size": 16,
+    } | options
     policy, _ = train(training, **options)
     kl, rewards, lengths = written(policy)
     margins, moved = held_out_margins(policy)

@@ -54,7 +54,9 @@ def attention_html(
     """
     n_layers, n_heads, n_queries, n_keys = patterns.shape
     if not n_queries == n_keys == len(tokens):
-        raise ValueError(f"{len(tokens)} tokens and patterns of {n_queries} x {n_keys}: give the text's own patterns")
+        raise ValueError(
+            f"{len(tokens)} tokens and patterns of {n_queries} x {n_keys}: give the text's own patterns"
+        )
     chosen = heads if heads is not None else [(i, h) for i in range(n_layers) for h in range(n_heads)]
     percents = (patterns.detach().float().cpu() * 100).round().int()
     weights = [[percents[i, h, t, : t + 1].tolist() for t in range(n_queries)] for i, h in chosen]

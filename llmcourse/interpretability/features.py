@@ -25,7 +25,9 @@ def feature_auc(latents: Tensor, truth: Tensor) -> Tensor:
     truth = truth.bool()
     n_true, n_false = int(truth.sum()), int((~truth).sum())
     if not n_true or not n_false:
-        raise ValueError(f"{n_true} places with the property and {n_false} without: there must be some of each")
+        raise ValueError(
+            f"{n_true} places with the property and {n_false} without: there must be some of each"
+        )
     ranks = torch.from_numpy(_mean_ranks(latents.detach().cpu().numpy()))  # (N, M)
     total = ranks[truth.cpu()].sum(dim=0)
     return (total - n_true * (n_true + 1) / 2) / (n_true * n_false)
@@ -96,8 +98,11 @@ class Place:
     value: float
 
 
-def strongest_places(latents: Tensor, owners: Sequence[int], positions: Sequence[int], feature: int, n: int = 8) -> list[Place]:
-    """The n places with the largest values of a feature, at most one from a text, larger ones first; 0 does not count."""
+def strongest_places(
+    latents: Tensor, owners: Sequence[int], positions: Sequence[int], feature: int, n: int = 8
+) -> list[Place]:
+    """The n places with the largest values of a feature, at most one from a text, larger ones first; 0 does not
+    count."""
     values = latents[:, feature]
     found: list[Place] = []
     seen: set[int] = set()
@@ -130,7 +135,8 @@ def dashboard_html(
         )
         rows.append(f'<p style="margin:.25em 0;white-space:pre-wrap">{spans}</p>')
     return (
-        '<figure style="font-family:monospace;font-size:90%;line-height:1.5;border:1px solid #bbb;padding:.6em;margin:0">'
+        '<figure style="font-family:monospace;font-size:90%;line-height:1.5;border:1px solid #bbb;'
+        'padding:.6em;margin:0">'
         f'<figcaption style="font-family:sans-serif"><b>{html.escape(title)}</b> {html.escape(note)}</figcaption>'
         f"{''.join(rows)}</figure>"
     )

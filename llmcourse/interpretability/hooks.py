@@ -28,7 +28,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 
-import torch
 from torch import Tensor, nn
 
 from llmcourse.models.attention import Attention, Cache, causal_mask, repeat_kv
@@ -68,7 +67,10 @@ def matching(model: Transformer, patterns: str | Sequence[str]) -> list[str]:
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         some = [name for name in names if fnmatchcase(name, pattern)]
         if not some:
-            raise ValueError(f"no point {pattern!r}: choose from embedding, normalized, logits or blocks.<i>.<{'|'.join(BLOCK_POINTS)}>")  # fmt: skip
+            raise ValueError(
+                f"no point {pattern!r}: choose embedding, normalized, logits or blocks.<i>.<point> with a point of "
+                + ", ".join(BLOCK_POINTS)
+            )
         found += [name for name in some if name not in found]
     return found
 
@@ -173,7 +175,11 @@ def _chain(name: str, functions: Sequence[Hook]) -> Callable[[Tensor], Tensor]:
 
 def _attach(model: Transformer, name: str, apply: Callable[[Tensor], Tensor], stack: ExitStack) -> None:
     """Attach to one point; `stack` takes it off."""
-    outside: dict[str, nn.Module] = {"embedding": model.embedding, "normalized": model.final_norm, "logits": model.head}
+    outside: dict[str, nn.Module] = {
+        "embedding": model.embedding,
+        "normalized": model.final_norm,
+        "logits": model.head,
+    }
     if name in outside:
         _after(outside[name], apply, stack)
         return
@@ -271,5 +277,3 @@ def _replace_attention(attention: Attention, apply: Callable[[Tensor], Tensor], 
 
     attention.forward = forward
     stack.callback(restore)
-
-

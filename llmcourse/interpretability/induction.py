@@ -1,8 +1,8 @@
 """Heads that continue repetitions: scores from attention patterns, and the proof by ablation.
 
 On random tokens that are repeated, nothing but the repetition helps. An induction head attends from a token to the one
-*behind* its earlier occurrence; it needs a head of an earlier layer that tells each token which one was before it (Elhage
-et al., 2021; Olsson et al., 2022).
+*behind* its earlier occurrence; it needs a head of an earlier layer that tells each token which one was before it
+(Elhage et al., 2021; Olsson et al., 2022).
 
 Shapes: B rows, L n_layers, H heads, T tokens, N tokens of the part that is repeated.
 """
@@ -32,7 +32,9 @@ def repeated_tokens(
         ValueError: fewer tokens to choose from than a row needs.
     """
     if len(vocab) < length or length < 2 or n_rows < 1:
-        raise ValueError(f"{len(vocab)} tokens for rows of {length}: give at least as many, and rows of at least 2")
+        raise ValueError(
+            f"{len(vocab)} tokens for rows of {length}: give at least as many, and rows of at least 2"
+        )
     generator = torch.Generator().manual_seed(seed)
     ids = torch.tensor(list(vocab))
     rows = torch.stack([ids[torch.randperm(len(ids), generator=generator)[:length]] for _ in range(n_rows)])

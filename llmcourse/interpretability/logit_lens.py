@@ -1,8 +1,8 @@
 """Reading the residual stream as a distribution over tokens, and crediting its parts with the logits.
 
-The stream is a sum, and the head is linear but for one norm. So every partial sum can be read (nostalgebraist, 2020, "the
-logit lens"), and with the norm's scale held fixed a logit is a sum with one term for each component (Elhage et al., 2021,
-"direct logit attribution").
+The stream is a sum, and the head is linear but for one norm. So every partial sum can be read (nostalgebraist, 2020,
+"the logit lens"), and with the norm's scale held fixed a logit is a sum with one term for each component (Elhage et
+al., 2021, "direct logit attribution").
 
 Shapes: B rows, T tokens, D d_model, V vocab_size, L n_layers, H heads.
 """

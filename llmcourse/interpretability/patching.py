@@ -2,9 +2,9 @@
 
 Two prompts that differ in what matters and agree in everything else, "clean" and "corrupted". *Activation patching*
 (Meng et al., 2022, "causal tracing"; Heimersheim and Nanda, 2024, for practice) runs the corrupted prompt with one
-activation of the clean one: what brings the clean answer back carries the difference. *Path patching* (Wang et al., 2023;
-Goldowsky-Dill et al., 2023) lets a change at a sender reach only one receiver, everything else held at its clean values.
-*Attribution patching* (Nanda, 2023) estimates all patches from one gradient.
+activation of the clean one: what brings the clean answer back carries the difference. *Path patching* (Wang et al.,
+2023; Goldowsky-Dill et al., 2023) lets a change at a sender reach only one receiver, everything else held at its clean
+values. *Attribution patching* (Nanda, 2023) estimates all patches from one gradient.
 
 Shapes: B pairs of prompts, T tokens, L n_layers, H heads.
 """
@@ -46,7 +46,9 @@ def recovered(patched: Tensor, clean: Tensor, corrupted: Tensor) -> Tensor:
 def check_pairs(clean: Tensor, corrupted: Tensor) -> None:
     """Raises ValueError where the two prompts of a pair are not of the same length or do not differ."""
     if clean.shape != corrupted.shape:
-        raise ValueError(f"clean prompts {tuple(clean.shape)}, corrupted {tuple(corrupted.shape)}: they must align")
+        raise ValueError(
+            f"clean prompts {tuple(clean.shape)}, corrupted {tuple(corrupted.shape)}: they must align"
+        )
     if bool((clean == corrupted).all(dim=1).any()):
         raise ValueError("a pair consists of two equal prompts: there is nothing to bring back")
 
@@ -117,8 +119,8 @@ def patch_path(
     receivers: Sequence[str],
     metric: Metric,
 ) -> Tensor:
-    """Effect of what senders tell receivers *directly*: the clean run in which receivers see the senders of the corrupted
-    run and everything else as it was, (B,).
+    """Effect of what senders tell receivers *directly*: the clean run in which receivers see the senders of the
+    corrupted run and everything else as it was, (B,).
 
     Args:
         model: the model.

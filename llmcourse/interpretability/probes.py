@@ -1,8 +1,9 @@
 """Linear probes: can a property be read off an activation by one matrix, and would any property do?
 
 A probe that is right shows that the information is there and linearly readable. It may also have learned the task by
-itself, from many inputs of few kinds. A *control task* asks for labels that are random but fixed for each kind of input:
-what a probe gets right there is its own capacity, and the difference is its selectivity (Hewitt and Liang, 2019).
+itself, from many inputs of few kinds. A *control task* asks for labels that are random but fixed for each kind of
+input: what a probe gets right there is its own capacity, and the difference is its selectivity (Hewitt and Liang,
+2019).
 
 Shapes: N examples, D features.
 """
@@ -94,7 +95,9 @@ def split_by(groups: Sequence[Hashable], share: float = 0.5, *, seed: int = 0) -
     names = sorted(set(groups), key=str)
     n_train = round(share * len(names))
     if not 0 < share < 1 or not 0 < n_train < len(names):
-        raise ValueError(f"share={share} of {len(names)} groups leaves one side empty: give more groups, or another share")
+        raise ValueError(
+            f"share={share} of {len(names)} groups leaves one side empty: give more groups, or another share"
+        )
     chosen = set(np.random.default_rng(seed).permutation(len(names))[:n_train].tolist())
     in_train = {name for i, name in enumerate(names) if i in chosen}
     sides: tuple[list[int], list[int]] = ([], [])

@@ -1,8 +1,9 @@
 """A sparse autoencoder: activations as sums of few out of many directions.
 
-The k largest of M latents describe an activation, the others are zero (Makhzani and Frey, 2014; Gao et al., 2024). With
-a fixed k there is no sparsity penalty to tune. What must be watched is latents that never win: they get no gradient and
-stay dead. So an auxiliary loss lets the dead ones explain what the living ones leave over (Gao et al., 2024, section 2.4).
+The k largest of M latents describe an activation, the others are zero (Makhzani and Frey, 2014; Gao et al., 2024).
+With a fixed k there is no sparsity penalty to tune. What must be watched is latents that never win: they get no
+gradient and stay dead. So an auxiliary loss lets the dead ones explain what the living ones leave over (Gao et al.,
+2024, section 2.4).
 
 Shapes: B activations of a batch, N of a set, D their width, M latents.
 """
@@ -77,7 +78,8 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def fit_scale(self, activations: Tensor) -> None:
-        """Take center and scale from activations (N, D): their mean, and what gives the rest a mean square of 1 an entry.
+        """Take center and scale from activations (N, D): their mean, and what gives the rest a mean square of 1 an
+        entry.
 
         Raises:
             ValueError: activations that do not vary.
@@ -161,7 +163,9 @@ class ActivationBatches:
 
     def __init__(self, activations: Tensor, *, batch_size: int, seed: int) -> None:
         if not 1 <= batch_size <= len(activations):
-            raise ValueError(f"batch_size={batch_size}: give 1 to {len(activations)}, the number of activations")
+            raise ValueError(
+                f"batch_size={batch_size}: give 1 to {len(activations)}, the number of activations"
+            )
         if seed < 0:
             raise ValueError(f"seed={seed}: give at least 0")
         self.activations, self.batch_size, self.seed, self.position = activations, batch_size, seed, 0

@@ -16,8 +16,8 @@ from llmcourse.models.transformer import Transformer
 
 
 def mean_difference(wanted: Tensor, unwanted: Tensor) -> Tensor:
-    """Mean activation of examples (N, D) that show something less that of examples that do not, (D,) (Marks and Tegmark,
-    2024; Rimsky et al., 2024, "contrastive activation addition").
+    """Mean activation of examples (N, D) that show something less that of examples that do not, (D,) (Marks and
+    Tegmark, 2024; Rimsky et al., 2024, "contrastive activation addition").
 
     Raises:
         ValueError: a side without examples.
@@ -29,7 +29,11 @@ def mean_difference(wanted: Tensor, unwanted: Tensor) -> Tensor:
 
 @contextmanager
 def steered(
-    model: Transformer, layer: int, vector: Tensor, scale: float = 1.0, positions: Sequence[int] | slice = slice(None)
+    model: Transformer,
+    layer: int,
+    vector: Tensor,
+    scale: float = 1.0,
+    positions: Sequence[int] | slice = slice(None),
 ) -> Iterator[Transformer]:
     """Add `scale` times a vector (D,) to the stream behind a block while the `with` block lasts.
 
@@ -40,7 +44,9 @@ def steered(
 
 
 @contextmanager
-def without_direction(model: Transformer, vector: Tensor, points: str | Sequence[str] = "blocks.*.residual_after") -> Iterator[Transformer]:
+def without_direction(
+    model: Transformer, vector: Tensor, points: str | Sequence[str] = "blocks.*.residual_after"
+) -> Iterator[Transformer]:
     """Project a direction (D,) out of the stream at all given points (Arditi et al., 2024, "directional ablation").
 
     Raises:

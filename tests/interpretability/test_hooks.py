@@ -34,7 +34,11 @@ def plain(model: Transformer, tokens: Tensor) -> dict[str, Tensor]:
         a, eps = block.attention, config.norm_eps
         values = {"residual_before": x}
         read = rms_norm(x, block.attention_norm.weight, eps)
-        for point, module, heads in (("queries", a.query, a.n_heads), ("keys", a.key, a.n_kv_heads), ("values", a.value, a.n_kv_heads)):  # fmt: skip
+        for point, module, heads in (
+            ("queries", a.query, a.n_heads),
+            ("keys", a.key, a.n_kv_heads),
+            ("values", a.value, a.n_kv_heads),
+        ):
             values[point] = (read @ module.weight.T).view(B, T, heads, -1)
         q, k = values["queries"], values["keys"]
         if config.qk_norm:
@@ -67,7 +71,9 @@ def test_every_point_holds_what_a_plain_recomputation_gives(changes):
     expected = plain(model, tokens)
     assert list(expected) == hook_points(model) and set(found) == set(expected)
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            found[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
     torch.testing.assert_close(logits, model(tokens), rtol=1e-5, atol=1e-5)
 
 
@@ -136,7 +142,9 @@ def test_add_and_set_at_positions():
     assert found[:, 2].sum() == 6 and found.sum() == 6
 
 
-@pytest.mark.parametrize("point", [*(f"blocks.1.{point}" for point in BLOCK_POINTS), "embedding", "normalized", "logits"])
+@pytest.mark.parametrize(
+    "point", [*(f"blocks.1.{point}" for point in BLOCK_POINTS), "embedding", "normalized", "logits"]
+)
 def test_nothing_is_left_behind_after_an_exception(point):
     model, tokens = lively_model(), some_tokens()
     expected = model(tokens)
@@ -144,9 +152,15 @@ def test_nothing_is_left_behind_after_an_exception(point):
     def fail(value: Tensor, name: str) -> None:
         raise RuntimeError("on purpose")
 
-    with pytest.raises(RuntimeError, match="on purpose"), hooked(model, {point: fail, "blocks.0.pattern": set_heads([])}):
+    with (
+        pytest.raises(RuntimeError, match="on purpose"),
+        hooked(model, {point: fail, "blocks.0.pattern": set_heads([])}),
+    ):
         model(tokens)
-    assert all(not m._forward_hooks and not m._forward_pre_hooks and "forward" not in vars(m) for m in model.modules())
+    assert all(
+        not m._forward_hooks and not m._forward_pre_hooks and "forward" not in vars(m)
+        for m in model.modules()
+    )
     assert can_fuse(model) and torch.equal(model(tokens), expected)
 
 

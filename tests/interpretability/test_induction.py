@@ -44,9 +44,13 @@ def test_scores_by_a_loop(first):
                 "induction": [pattern[head, t, t - 6] for t in range(start, tokens.shape[1] - 1)],
             }
             for name, terms in by_name.items():
-                assert found[name][layer, head].item() == pytest.approx(float(sum(terms) / len(terms)), abs=1e-6)
+                assert found[name][layer, head].item() == pytest.approx(
+                    float(sum(terms) / len(terms)), abs=1e-6
+                )
     for t in range(start, tokens.shape[1] - 1):
-        assert torch.equal(tokens[:, t - 6], tokens[:, t + 1]), "the place looked at holds the token that comes next"
+        assert torch.equal(tokens[:, t - 6], tokens[:, t + 1]), (
+            "the place looked at holds the token that comes next"
+        )
 
 
 @torch.no_grad()

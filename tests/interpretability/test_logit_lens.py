@@ -22,7 +22,9 @@ def test_the_lens_reads_every_layer():
         stream = rms_norm(expected[name], model.final_norm.weight, model.config.norm_eps)
         by_hand = (stream @ model.head.weight.T).log_softmax(-1)
         torch.testing.assert_close(found[layer], by_hand, rtol=1e-5, atol=1e-5)
-    assert torch.equal(read_stream(model, expected["embedding"]), model.head(model.final_norm(expected["embedding"])))
+    assert torch.equal(
+        read_stream(model, expected["embedding"]), model.head(model.final_norm(expected["embedding"]))
+    )
 
 
 @torch.no_grad()

@@ -40,7 +40,9 @@ def from_block(model: Transformer, layer: int, stream: torch.Tensor) -> torch.Te
 
 def test_the_lead_by_hand(model):
     logits = model(CLEAN).detach()
-    expected = [float(logits[i, -1, a] - logits[i, -1, b]) for i, (a, b) in enumerate(((4, 16), (8, 23), (15, 42)))]
+    expected = [
+        float(logits[i, -1, a] - logits[i, -1, b]) for i, (a, b) in enumerate(((4, 16), (8, 23), (15, 42)))
+    ]
     assert METRIC(logits).tolist() == pytest.approx(expected)
 
 
@@ -53,10 +55,14 @@ def test_a_map_of_the_stream_equals_plain_runs(model):
         for position in (0, 2, 8):
             stream = corrupted[f"blocks.{layer}.residual_before"].clone()
             stream[:, position] = clean[f"blocks.{layer}.residual_before"][:, position]
-            torch.testing.assert_close(found[layer, position], METRIC(from_block(model, layer, stream)), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                found[layer, position], METRIC(from_block(model, layer, stream)), rtol=1e-5, atol=1e-5
+            )
     before, after = METRIC(model(CORRUPTED)), METRIC(model(CLEAN))
     torch.testing.assert_close(found[0, 0], before, rtol=1e-5, atol=1e-5, msg="the prompts agree there")
-    torch.testing.assert_close(found[0, 2], after, rtol=1e-5, atol=1e-5, msg="the only difference, at the start")
+    torch.testing.assert_close(
+        found[0, 2], after, rtol=1e-5, atol=1e-5, msg="the only difference, at the start"
+    )
     share = recovered(found, after, before)
     assert share[0, 2].item() == pytest.approx(1, abs=1e-4) and abs(share[0, 0].item()) < 1e-4
     last = patch_positions(model, CLEAN, CORRUPTED, "residual_after", METRIC)[-1]
@@ -72,7 +78,10 @@ def test_a_patched_head_equals_a_plain_run(model):
     block, head = model.blocks[1], 2
     change = (clean["blocks.1.head_outputs"] - corrupted["blocks.1.head_outputs"])[:, :, head]
     C = model.config.d_head
-    middle = corrupted["blocks.1.residual_middle"] + change @ block.attention.output.weight[:, head * C : (head + 1) * C].T
+    middle = (
+        corrupted["blocks.1.residual_middle"]
+        + change @ block.attention.output.weight[:, head * C : (head + 1) * C].T
+    )
     stream = middle + block.mlp(block.mlp_norm(middle))
     torch.testing.assert_close(found[1, head], METRIC(from_block(model, 2, stream)), rtol=1e-5, atol=1e-5)
 
@@ -112,12 +121,18 @@ def test_a_path_to_the_keys_of_a_later_layer(model):
     clean, corrupted = plain(model, CLEAN), plain(model, CORRUPTED)
     C = model.config.d_head
     change = (corrupted["blocks.0.head_outputs"] - clean["blocks.0.head_outputs"])[:, :, 1]
-    stream = clean["blocks.2.residual_before"] + change @ model.blocks[0].attention.output.weight[:, C : 2 * C].T
+    stream = (
+        clean["blocks.2.residual_before"] + change @ model.blocks[0].attention.output.weight[:, C : 2 * C].T
+    )
     block = model.blocks[2]
     keys = block.attention.key(block.attention_norm(stream)).unflatten(-1, (2, -1))
     logits, _ = record(model, CLEAN, "logits", {"blocks.2.keys": set_to(keys)})
     torch.testing.assert_close(found, METRIC(logits), rtol=1e-5, atol=1e-5)
-    through_all = METRIC(record(model, CLEAN, "logits", {"blocks.0.head_outputs": set_to(corrupted["blocks.0.head_outputs"])})[0])
+    through_all = METRIC(
+        record(model, CLEAN, "logits", {"blocks.0.head_outputs": set_to(corrupted["blocks.0.head_outputs"])})[
+            0
+        ]
+    )
     assert not torch.allclose(found, through_all)
 
 

@@ -36,7 +36,9 @@ def test_the_formula_with_a_loop():
     model.fit_scale(x)
     for row in x:
         z = (row - x.mean(0)) / (x - x.mean(0)).pow(2).mean().sqrt()
-        scores = [float(((z - model.bias) @ model.encoder[m] + model.threshold[m]).clamp(min=0)) for m in range(24)]
+        scores = [
+            float(((z - model.bias) @ model.encoder[m] + model.threshold[m]).clamp(min=0)) for m in range(24)
+        ]
         largest = sorted(range(24), key=lambda m: -scores[m])[:3]
         rebuilt = model.bias + sum(scores[m] * model.decoder[m] / model.decoder[m].norm() for m in largest)
         torch.testing.assert_close(model(row), rebuilt * model.scale + x.mean(0), rtol=1e-5, atol=1e-5)
@@ -91,7 +93,10 @@ def test_dead_latents_are_counted_and_brought_back():
     shares = {}
     for weight in (0.0, 1 / 4):
         torch.manual_seed(0)
-        model = SparseAutoencoder(16, AutoencoderSettings(n_latents=32, k=3, dead_after=1500, k_auxiliary=8, auxiliary_weight=weight))
+        model = SparseAutoencoder(
+            16,
+            AutoencoderSettings(n_latents=32, k=3, dead_after=1500, k_auxiliary=8, auxiliary_weight=weight),
+        )
         model.fit_scale(x)
         with torch.no_grad():
             model.threshold[10:] = -6.0  # these cannot win at first
