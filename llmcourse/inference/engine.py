@@ -23,7 +23,7 @@ from llmcourse.inference.block_manager import BlockManager
 from llmcourse.inference.constraint import TokenConstraint
 from llmcourse.inference.generation import TextCodec, holds_stop
 from llmcourse.inference.model_runner import ModelRunner
-from llmcourse.inference.paged_cache import CACHE_DTYPES, PagedCache, Row
+from llmcourse.inference.paged_cache import CACHE_DTYPES, SHORT, PagedCache, Row
 from llmcourse.inference.sampling import SamplingParams, sample
 from llmcourse.inference.scheduler import Schedule, Scheduler, SchedulerSettings
 from llmcourse.inference.sequence import FinishReason, Sequence, Status
@@ -183,7 +183,7 @@ class Engine:
             return []
         self.steps += 1
         chosen: dict[int, tuple[Sequence, int]] = {}
-        for rows in _passes(schedule):
+        for rows in self._passes(schedule):
             logits = self._forward(rows)
             ready = [i for i, (sequence, _) in enumerate(rows) if sequence.n_pending == 0]
             if ready:
@@ -242,18 +242,30 @@ class Engine:
 
     def _forward(self, rows: list[tuple[Sequence, int]]) -> Tensor:
         """Compute the next tokens of each row; logits (B, V) after the last of them."""
-        longest = max(n for _, n in rows)
-        tokens = [
-            sequence.ids(sequence.n_computed, sequence.n_computed + n) + [0] * (longest - n)
-            for sequence, n in rows
-        ]
-        view = self.cache.view([Row(sequence.blocks, sequence.n_computed, n) for sequence, n in rows])
-        logits = self.runner.logits(torch.tensor(tokens, device=self.runner.device), view, view.last)
+        new = [sequence.ids(sequence.n_computed, sequence.n_computed + n) for sequence, n in rows]
+        places = [Row(sequence.blocks, sequence.n_computed, n) for sequence, n in rows]
+        device = self.runner.device
+        if self.runner.takes_flat_rows:
+            flat = torch.tensor([token for ids in new for token in ids], device=device)
+            logits = self.runner.flat_logits(flat, self.cache.flat_view(places))
+        else:
+            longest = max(len(ids) for ids in new)
+            tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids in new], device=device)
+            view = self.cache.view(places)
+            logits = self.runner.logits(tokens, view, view.last)
         for sequence, n in rows:
             sequence.n_computed += n
             self.computed_tokens += n
             self.manager.publish(sequence)
         return logits
+
+    def _passes(self, schedule: Schedule) -> list[list[tuple[Sequence, int]]]:
+        """The forward passes of a step: one, if the model takes flat rows, short ones first; otherwise one for the
+        chunks of prompts and one for the sequences that decode, since short rows are filled up to the longest."""
+        decodes = [(sequence, 1) for sequence in schedule.decodes]
+        if self.runner.takes_flat_rows:
+            return [sorted(decodes + schedule.prefills, key=_shorter_first)]
+        return [rows for rows in (schedule.prefills, decodes) if rows]
 
     def _choose(self, sequences: list[Sequence], logits: Tensor) -> list[int]:
         """The next token of each sequence from logits (B, V); rows with equal settings are drawn together."""
@@ -303,12 +315,7 @@ class Engine:
         return None if seed is None else torch.Generator(self.runner.device).manual_seed(seed)
 
 
-def _passes(schedule: Schedule) -> Iterator[list[tuple[Sequence, int]]]:
-    """The forward passes of a step: all prompts' chunks together, then all sequences that decode.
-
-    In one pass the short rows would be filled up to the longest chunk.
-    """
-    if schedule.prefills:
-        yield schedule.prefills
-    if schedule.decodes:
-        yield [(sequence, 1) for sequence in schedule.decodes]
+def _shorter_first(row: tuple[Sequence, int]) -> tuple[bool, int]:
+    """Sorts rows as `FlatView` wants them: long chunks of prompts last, texts of like lengths together."""
+    sequence, n_new = row
+    return n_new > SHORT, sequence.n_computed + n_new

@@ -125,6 +125,8 @@ class FusedTransformer:
         cos, sin = rope
         turned = torch.addcmul(turning * cos, turning.roll(C // 2, dims=-1), sin)
         q, k = turned.split((H, K), dim=1)
+        if hasattr(cache, "attend"):
+            return cache.attend(number, q, k, values).transpose(1, 2).reshape(-1, H * C)
         k, v = cache.update(number, k, values)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=H != K)
         return mixed.transpose(1, 2).reshape(-1, H * C)

@@ -34,11 +34,20 @@ class ModelRunner:
         """Type of keys and values."""
         return self.model.embedding.weight.dtype
 
+    @property
+    def takes_flat_rows(self) -> bool:
+        """Whether it can compute rows of different lengths one behind the other, see `FlatView`."""
+        return self.fast is not None
+
     def all_logits(self, tokens: Tensor, cache: Any) -> Tensor:
         """tokens (B, T) int64, new ones only -> logits (B, T, V) after each of them."""
         if self.fast is not None:
             return self.fast.unembed(self.fast.hidden(tokens, cache))
         return self.model(tokens, cache)
+
+    def flat_logits(self, tokens: Tensor, cache: Any) -> Tensor:
+        """tokens (N,) of all rows one behind the other, with a `FlatView` -> logits (rows, V) after each row's last."""
+        return self.fast.unembed(self.fast.hidden(tokens[None], cache)[0, cache.last])
 
     def logits(self, tokens: Tensor, cache: Any, last: Tensor) -> Tensor:
         """tokens (B, T), last (B,) int64 -> logits (B, V) after the token in place `last` of each row."""

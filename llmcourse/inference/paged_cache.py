@@ -14,11 +14,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llmcourse.models.config import ModelConfig
 
 CACHE_DTYPES = ("model", "int8")
+FEWEST = 16
+"""rows that a part of similar lengths must have before another one is begun"""
+SHORT = 32
+"""new tokens of a row up to which `FlatView` lets each attend as a row of its own"""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,11 @@ class Row:
     """tokens whose keys and values are in the blocks"""
     n_new: int
     """tokens that this pass computes"""
+
+    @property
+    def end(self) -> int:
+        """Tokens after the pass."""
+        return self.n_stored + self.n_new
 
 
 class PagedCache:
@@ -66,6 +76,10 @@ class PagedCache:
     def view(self, rows: Sequence[Row]) -> PagedView:
         """The cache as a forward pass over these rows sees it."""
         return PagedView(self, rows)
+
+    def flat_view(self, rows: Sequence[Row]) -> FlatView:
+        """The cache as a pass sees it that has all rows one behind the other."""
+        return FlatView(self, rows)
 
     def write(self, layer: int, slots: Tensor, values: Tensor) -> None:
         """Store values (M, 2 K, C) in slots (M,) int64 of a layer; slot s is place s % P of block s // P."""
@@ -142,3 +156,75 @@ class PagedView:
 
     def advance(self, n_tokens: int) -> None:
         """The engine counts what is stored."""
+
+
+class FlatView:
+    """Passed as a cache to a model that knows `attend`: the new tokens of all rows stand behind one another in one row.
+
+    So prompts and single tokens share every matrix product without filling up, and only attention looks at each text by
+    itself (Yu et al., 2022, section 3.2, "selective batching"). Each token of a short row attends as a row of its own,
+    which costs a few reads of the same blocks and saves a call; rows of more than `SHORT` tokens attend one by one, and
+    have to come last. `last` (rows,) says where the last new token of each row stands.
+
+    Raises:
+        ValueError: a short row behind a long one.
+    """
+
+    length = 0
+
+    def __init__(self, cache: PagedCache, rows: Sequence[Row]) -> None:
+        n_short = sum(row.n_new <= SHORT for row in rows)
+        if any(row.n_new > SHORT for row in rows[:n_short]):
+            raise ValueError(f"rows of more than {SHORT} new tokens come last")
+        groups = _by_length(rows[:n_short], cache.block_size) + [[row] for row in rows[n_short:]]
+        self.parts = [cache.view(group) for group in groups]
+        self._masks = [part.mask(part.n_new) for part in self.parts]
+        self._sizes = [len(part.last) * part.n_new for part in self.parts]
+        new = torch.tensor([row.n_new for row in rows], device=cache.layers[0].device)
+        self.last = new.cumsum(dim=0) - 1
+
+    def positions(self, n_tokens: int) -> Tensor:
+        """Where each new token stands in its text, (1, all new tokens) int64."""
+        return torch.cat([part.positions(part.n_new).flatten() for part in self.parts])[None]
+
+    def mask(self, n_tokens: int) -> None:
+        """`attend` has masks of its own."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (1, H, N, C), k and v (1, K, N, C) of all N new tokens -> what each of them attends to, (1, H, N, C)."""
+        if len(self.parts) == 1:
+            return self._attend(0, layer, q, k, v)
+        pieces = zip(*(x.split(self._sizes, dim=2) for x in (q, k, v)), strict=True)
+        return torch.cat([self._attend(i, layer, *piece) for i, piece in enumerate(pieces)], dim=2)
+
+    def _attend(self, number: int, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        part, K = self.parts[number], k.shape[1]
+        # (1, heads, rows T, C) -> (rows, heads, T, C)
+        q, k, v = (x[0].unflatten(1, (-1, part.n_new)).transpose(0, 1) for x in (q, k, v))
+        keys, values = part.update(layer, k, v)
+        if part.n_new == 1:
+            # the query heads of a key head stand where several queries would: faster than to repeat the keys
+            grouped = q.squeeze(2).unflatten(1, (K, -1))  # (rows, K, G, C)
+            mixed = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self._masks[number])
+            return mixed.flatten(1, 2).transpose(0, 1)[None]
+        mixed = F.scaled_dot_product_attention(
+            q, keys, values, attn_mask=self._masks[number], enable_gqa=q.shape[1] != K
+        )
+        return mixed.transpose(0, 1).flatten(1, 2)[None]
+
+    def advance(self, n_tokens: int) -> None:
+        """The engine counts what is stored."""
+
+
+def _by_length(rows: Sequence[Row], block_size: int) -> list[list[Row]]:
+    """Short rows, taken apart into single tokens, in parts of similar lengths: a part reads as many blocks for each of
+    its rows as the longest one has. A part of its own costs some calls, so it takes `FEWEST` rows to be worth it."""
+    parts: list[list[Row]] = []
+    limit = 0
+    for row in rows:
+        n_blocks = -(-row.end // block_size)
+        if not parts or (n_blocks > limit and len(parts[-1]) >= FEWEST):
+            parts.append([])
+            limit = 2 * n_blocks
+        parts[-1] += [Row(row.blocks, t, 1) for t in range(row.n_stored, row.end)]
+    return parts

@@ -53,6 +53,25 @@ def test_scattered_blocks_and_ragged_chunks_give_the_logits_of_the_whole(runner)
 
 
 @torch.no_grad()
+def test_flat_rows_give_the_logits_of_the_whole():
+    """Single tokens, short and long chunks of prompts in one pass, in two steps each."""
+    runner = ModelRunner(lively_model())
+    rows = some_rows([3, 11, 50, 40])
+    cache = PagedCache(runner.config, 60, 4)
+    tables = [list(range(14 * b, 14 * b + 14)) for b in range(4)]
+    steps = [[(0, 0, 2), (1, 0, 1), (2, 0, 35), (3, 0, 40)], [(0, 2, 1), (1, 1, 10), (2, 35, 15)]]
+    for step in steps:
+        flat = torch.cat([rows[b][stored : stored + new] for b, stored, new in step])
+        view = cache.flat_view([Row(tables[b], stored, new) for b, stored, new in step])
+        logits = runner.flat_logits(flat, view)
+        for found, (b, stored, new) in zip(logits, step, strict=True):
+            whole = runner.model(rows[b][None])[0, stored + new - 1]
+            torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="come last"):
+        cache.flat_view([Row(tables[0], 0, 40), Row(tables[1], 0, 1)])
+
+
+@torch.no_grad()
 def test_rows_can_share_blocks(runner):
     first, second = some_rows([10, 10])
     second[:8] = first[:8]
