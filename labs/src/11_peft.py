@@ -1218,7 +1218,7 @@ makers = {
     "LoRA and embedding": lambda seed: with_embedding(with_lora(4, seed=seed)),
     "full": lambda seed: copy.deepcopy(assistant),
 }
-short = sizes["steps"] // 3
+short = max(2, sizes["steps"] // 3)
 json_curves = {
     name: [
         train(make(seed), json_data, best["full" if name == "full" else "LoRA"], seed=seed, steps=short)

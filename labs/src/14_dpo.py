@@ -540,7 +540,7 @@ results["weights"] = {
 }  # fmt: skip
 
 # %% [markdown]
-# **Read the result.** The accuracy on held-out pairs is modest, no better than that of the simple rules of section 1, and still the answers earn more. The two measure different things. Accuracy asks the policy to judge two given answers, and to tell a right sum from a wrong one it would have to compute. The true reward asks what it writes. Where did the gain come from? Bare results of sums are mostly wrong in this model, sums with their steps mostly right, and now and then an answer shows its steps although nobody asked for them. Such an answer usually wins its pair. The last line of the table by task says whether the policy has picked that up. The rows of the tasks without pairs say what it cost elsewhere; with so few requests a row, a difference of a few points is noise.
+# **Read the result.** The accuracy on held-out pairs is modest, no better than that of the simple rules of section 1, and still the answers earn more. The two measure different things. Accuracy asks the policy to judge two given answers, and to tell a right sum from a wrong one it would have to compute. The true reward asks what it writes. Where did the gain come from? Bare results of sums are mostly wrong in this model, sums with their steps mostly right, and now and then an answer shows its steps although nobody asked for them. Such an answer usually wins its pair. The last line of the table by task says whether the policy has picked that up. The rows of the tasks without pairs say what it cost elsewhere. With so few requests a row, a difference of a few points is noise; tens of points are the price of a policy that has gone far, and the KL divergence says how far.
 #
 # Compare also the chosen log-probability of section 3's policies: where it has fallen, the margin was earned on the rejected side. And the weights: the pairs that were judged rightly have lost part of their pull, the mistaken ones hardly any, so the share of the mistakes in the gradient has grown.
 
@@ -881,12 +881,22 @@ def likes_words(request, answer):
     return len(answer.split()) / 5
 
 
-biased = encoded(ranked(SEED, likes_words))
-longer = agrees([len(ids) for ids in biased.chosen], [len(ids) for ids in biased.rejected])
-longer_before = agrees([len(ids) for ids in training.chosen], [len(ids) for ids in training.rejected])
+def longer_wins(some_pairs):
+    """For texts under a constraint whose lengths differ by three words or more: whether the longer one was chosen."""
+    words = [
+        (len(pair.chosen.split()), len(pair.rejected.split()))
+        for request, pair in zip(requests, some_pairs, strict=True)
+        if request.task == "constraints"
+    ]
+    return np.array([a > b for a, b in words if abs(a - b) >= 3] or [0.5])
+
+
+biased_pairs = ranked(SEED, likes_words)
+biased = encoded(biased_pairs)
+longer, longer_before = longer_wins(biased_pairs), longer_wins(pairs)
 policy, run = train(biased, steps=2 * sizes["family"])
 _, rewards, lengths = written(policy)
-print(f"the longer answer is the chosen one in {share(longer):.1%} of the pairs; with the honest annotator in {share(longer_before):.1%}")  # fmt: skip
+print(f"of two texts of different length, the longer one is chosen in {share(longer):.1%}; by the honest annotator in {share(longer_before):.1%}")  # fmt: skip
 print(f"length minus the reference's, same probes: {paired_bootstrap(lengths, start_lengths):+.1f} tokens")
 print(f"true reward minus the reference's:         {paired_bootstrap(rewards, start_rewards):+.2f}")
 print(
@@ -902,7 +912,7 @@ results["biased"] = {
 }  # fmt: skip
 
 # %% [markdown]
-# **Diagnosis.** The records of this run look as healthy as those of any other: the loss has no opinion about why an answer was chosen. What gives the annotator away is there before training. The rule "the longer one" agrees with clearly more of these labels than of the honest annotator's, on the same answers. Afterwards, the length of the answers is the record to watch. The remedies are in the data (pairs of like length, or a judge who is told the lengths) or in the loss: a price per token in the logit, or log-ratios divided by their lengths.
+# **Diagnosis.** The records of this run look as healthy as those of any other: the loss has no opinion about why an answer was chosen. What gives the annotator away is there before training. Take texts with a constraint, leave out pairs of about equal length, and ask how often the longer one was chosen: nearly always, where the honest annotator, who wants so many sentences and no more, is far from that. Among sums the rule would have said little, since a sum with its steps is both longer and more often right. Afterwards, the length of the answers is the record to watch. The remedies are in the data (pairs of like length, or a judge who is told the lengths) or in the loss: a price per token in the logit, or log-ratios divided by their lengths.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -911,7 +921,7 @@ if own:
     claim(
         "giveaway",
         told_apart,
-        "the labels alone show it: the longer answer wins more often than with an honest annotator",
+        "the labels alone show it: the longer text wins more often than with an honest annotator",
     )
     claim("longer", paired_bootstrap(lengths, start_lengths).low > 0, "answers become longer")
     claim(
