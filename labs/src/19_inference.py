@@ -26,6 +26,7 @@ MODEL = ""
 import copy
 import random
 import re
+import shutil
 import statistics
 import tempfile
 import time
@@ -40,6 +41,7 @@ from llmcourse.evaluation.perplexity import token_losses
 from llmcourse.evaluation.statistics import paired_bootstrap
 from llmcourse.inference import KVCache, SamplingParams, generate
 from llmcourse.inference.block_manager import BlockManager
+from llmcourse.inference.compiled import CompiledDecoder
 from llmcourse.inference.constraint import json_constraint, regex_constraint
 from llmcourse.inference.engine import Engine, EngineSettings
 from llmcourse.inference.load import poisson_requests, serve
@@ -67,9 +69,9 @@ from llmcourse.models.pretrained import save_pretrained
 from llmcourse.runtime import pick_device, progress, synchronize
 
 SIZES = {
-    "cpu": {"requests": 160, "rows": 32, "seats": 96, "longest": 160, "batches": (1, 2, 4, 8, 16, 32, 64), "steps": 24, "repeats": 3, "loads": (0.4, 0.7, 0.9, 1.2), "load_requests": 150, "texts": 200, "drawn": 4000, "written": 100},
-    "gpu": {"requests": 512, "rows": 64, "seats": 256, "longest": 400, "batches": (1, 4, 16, 64, 256), "steps": 50, "repeats": 5, "loads": (0.4, 0.7, 0.9, 1.2), "load_requests": 600, "texts": 400, "drawn": 20000, "written": 200},
-    "smoke": {"requests": 4, "rows": 2, "seats": 4, "longest": 8, "batches": (1, 2), "steps": 2, "repeats": 1, "loads": (0.5,), "load_requests": 3, "texts": 4, "drawn": 20, "written": 6},
+    "cpu": {"requests": 160, "rows": 32, "seats": 96, "longest": 160, "batches": (1, 2, 4, 8, 16, 32, 64), "steps": 24, "repeats": 3, "loads": (0.3, 0.8, 1.5, 3.0), "load_requests": 480, "texts": 200, "drawn": 4000, "written": 100, "compile": True},
+    "gpu": {"requests": 512, "rows": 64, "seats": 256, "longest": 400, "batches": (1, 4, 16, 64, 256), "steps": 50, "repeats": 5, "loads": (0.3, 0.8, 1.5, 3.0), "load_requests": 2000, "texts": 400, "drawn": 20000, "written": 200, "compile": True},
+    "smoke": {"requests": 4, "rows": 2, "seats": 4, "longest": 8, "batches": (1, 2), "steps": 2, "repeats": 1, "loads": (0.5,), "load_requests": 3, "texts": 4, "drawn": 20, "written": 6, "compile": False},
 }  # fmt: skip
 if PRESET not in SIZES:
     raise ValueError(f"PRESET={PRESET!r}: choose one of {', '.join(SIZES)}")
@@ -119,6 +121,14 @@ print(f"{len(prompts)} requests for {min(lengths)} to {max(lengths)} tokens, mea
 
 
 # %%
+class NothingToPropose:
+    """A drafter that proposes nothing: one token a pass."""
+
+    def propose(self, ids, n):
+        """No tokens."""
+        return [], None
+
+
 def seconds_of(function):
     """Median seconds of a call, after one that does not count."""
     times = []
@@ -175,6 +185,32 @@ plotting.show(
 )
 results["steps"] = {"seconds": {str(B): s for B, s in step_seconds.items()}, "fixed": fixed, "slope": slope}
 results["prefill"] = {str(n): s for n, s in prefill_seconds.items()}
+
+# %% [markdown]
+# **Fewer launches.** If launches are the fixed part, the same arithmetic in fewer operations is faster. The model's own modules; `FusedTransformer`, which joins products that read the same input; and a step of fixed shapes, compiled.
+
+# %%
+launches = {}
+modules = ModelRunner(model, fused=False)
+ids, one = texts[0][:8], SamplingParams(temperature=0.0, max_new_tokens=min(48, context - 8))
+for name, which in {"modules": modules, "fused": runner}.items():
+    launches[name] = seconds_of(lambda which=which: speculative_generate(which, ids, one, NothingToPropose()))
+written_by = {"modules": speculative_generate(modules, ids, one, NothingToPropose()).new_ids}
+if sizes["compile"] and (device.type == "cuda" or shutil.which("g++")):
+    decoder = CompiledDecoder(model, 1, 8 + one.max_new_tokens, mode="reduce-overhead" if device.type == "cuda" else "default")  # fmt: skip
+    start = time.perf_counter()
+    decoder.generate([ids], one)
+    compile_seconds = time.perf_counter() - start
+    launches["compiled"] = seconds_of(lambda: decoder.generate([ids], one))
+    written_by["compiled"] = decoder.generate([ids], one)[0]
+    print(f"compiling took {compile_seconds:.0f} s")
+for name, seconds in launches.items():
+    print(f"{name:>9}: {1e3 * seconds / one.max_new_tokens:.2f} ms a token, {launches['modules'] / seconds:.2f} times the modules")  # fmt: skip
+print("the same tokens: " + str(len({tuple(ids) for ids in written_by.values()}) == 1))
+results["launches"] = {name: seconds / one.max_new_tokens for name, seconds in launches.items()}
+
+# %% [markdown]
+# A compiler joins the operations between products and removes Python from the step; what it cannot do is to make shapes that change as cheap as shapes that do not. It is worth its time where the same step runs many thousand times.
 
 # %% [markdown]
 # **Read the result.** A step has a fixed part, which one row has to pay alone and many rows share, and a part for each row. On an accelerator the fixed part is the time to read the weights; for a model this small on a CPU it is the time to launch some hundred small operations. The consequence is the same, and this whole lab follows from it: *whatever brings more tokens into one pass is nearly free*, be they prompts of others, or guesses at what comes next.
@@ -393,15 +429,17 @@ check("inference/goodput", my_goodput)
 #
 # </details>
 #
-# **Predict.** Requests come at 40, 70, 90 and 120 % of what the engine can do. Draw the 95th percentile of the time to the first token over these rates, for static and for continuous batching.
+# **Predict.** Requests come at 30, 80, 150 and 300 % of what the engine did above, where the end of the queue left seats empty. Draw the 95th percentile of the time to the first token over these rates, for static and for continuous batching.
 
 # %%
 capacity = statistics.median(throughput["continuous, same memory"]) / statistics.fmean(lengths)  # requests/s
-n_load = min(sizes["load_requests"], len(prompts))
+more = random.Random(SEED + 1).choices(range(len(prompts)), k=sizes["load_requests"])
 LIMITS = (0.25, 0.02)
 load = {"static": [], "continuous": []}
 for share in progress(sizes["loads"], description="loads"):
-    requests = poisson_requests(prompts[:n_load], lengths[:n_load], share * capacity, seed=SEED)
+    requests = poisson_requests(
+        [prompts[i] for i in more], [lengths[i] for i in more], share * capacity, seed=SEED
+    )
     for name, rows_ in (("static", sizes["rows"]), ("continuous", sizes["seats"])):
         report = serve(Engine(model, settings_of(rows_, continuous=name == "continuous")), requests)
         load[name].append({
@@ -427,7 +465,7 @@ plotting.show(
 results["load"] = load | {"capacity": capacity, "limits": list(LIMITS)}
 
 # %% [markdown]
-# **Read the result.** Below the capacity continuous batching answers within a few steps. Static batching lets a request wait until the present batch is through, even where most seats are empty, so its first tokens are late at any load. Beyond the capacity no scheduler helps: the queue grows as long as the load lasts, and with it every latency. The useful number of a server is therefore not its largest throughput but its goodput, and the load at which that turns down.
+# **Read the result.** While there are seats, continuous batching answers within a few steps. Static batching lets a request wait until the present batch is through, even where most seats are empty, so its first tokens are late at any load. Beyond its capacity, which for static batching is passed early, no scheduler helps: the queue grows as long as the load lasts, and with it the time to the first token. More load than that still raises the throughput a little, since more seats are taken, and lowers the goodput, once first tokens come too late. So the useful number of a server is not its largest throughput but its goodput, and the load at which that turns down. (Rates are over the whole measurement, the end included, in which the last answers are written.)
 
 # %% [markdown]
 # ## 4. Guess, then check
@@ -501,19 +539,11 @@ training_texts = [
 drafters = {"the text itself": PromptLookup(), "5-grams of the corpus": NGramDrafter(training_texts, order=5)}
 
 
-class NoDrafts:
-    """Proposes nothing: one token a pass."""
-
-    def propose(self, ids, n):
-        """No tokens."""
-        return [], None
-
-
 one_row = SamplingParams(temperature=0.0, max_new_tokens=min(sizes["written"], context - 14))
 starts = [ids[:12] for ids in texts[:10]]
 plain = [generate(model, [start], one_row)[0] for start in starts]
 speculation, tokens_per_second = [], {"no drafts": []}
-plans = [("no drafts", NoDrafts(), 1)] + [
+plans = [("no drafts", NothingToPropose(), 1)] + [
     (name, drafter, n) for name, drafter in drafters.items() for n in (2, 4, 8)
 ]
 same_tokens = []
@@ -539,11 +569,13 @@ best_speedup = max(one["rate"] for one in speculation) / base_rate
 results["speculation"] = speculation
 
 # %% [markdown]
-# **Is it the same distribution?** Sampled text has no right answer to compare with, so count. The next token after one prompt, drawn many times with drafts from a distribution that is nothing like the model's, against the model's own probabilities.
+# **Is it the same distribution?** Sampled text has no right answer to compare with, so count. The next token at one place of a text, the one where the model is least sure, drawn many times with drafts from a distribution that is nothing like the model's, against the model's own probabilities.
 
 # %%
-with torch.no_grad():
-    logits = model(torch.tensor([starts[0]], device=device))[0, -1:].float().cpu()
+with torch.no_grad():  # the place in a text where the model is least sure
+    found = model(torch.tensor([texts[0][:context]], device=device))[0].float().cpu()
+entropies = torch.distributions.Categorical(logits=found).entropy()
+logits = found[entropies.argmax()][None]
 sampling = SamplingParams(temperature=1.0, top_k=12)
 p = target_distribution(logits, sampling)[0]
 q = (p > 0).float() / (p > 0).sum()  # a drafter that knows nothing but which tokens are possible
@@ -680,6 +712,7 @@ results["cache_int8"] = {
 import transformers
 from outlines_core import Index, Vocabulary
 from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from llmcourse.inference.constraint import token_texts
 
@@ -703,9 +736,12 @@ start = time.perf_counter()
 ours = Engine(model, settings_of(sizes["rows"])).generate(some, params[: len(some)])
 our_rate = sum(some_lengths) / (time.perf_counter() - start)
 settings = GenerationConfig(do_sample=False, max_new_tokens=context, eos_token_id=-1, pad_token_id=1)
+limits = ContinuousBatchingConfig(page_size=BLOCK, num_blocks=settings_of(1).n_blocks, max_batch_tokens=256)
 found = {}
 start = time.perf_counter()
-with batched.continuous_batching_context_manager(generation_config=settings, warmup=False) as manager:
+with batched.continuous_batching_context_manager(
+    generation_config=settings, continuous_batching_config=limits, warmup=False
+) as manager:
     for i, (prompt, n) in enumerate(zip(some, some_lengths, strict=True)):
         manager.add_request(prompt, request_id=str(i), max_new_tokens=n, eos_token_id=-1)
     while len(found) < len(some):
@@ -760,7 +796,8 @@ schema = {
     "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}},
     "required": ["n"],
 }
-print(f"a JSON schema: {len(json_constraint(schema, tokenizer).allowed(0)):,} tokens may begin")
+from_schema = json_constraint(schema, tokenizer)
+print(f"a JSON schema as a regular expression: {from_schema.pattern}")
 results["library"] = {"equal": equal_texts, "rates": {"ours": our_rate, "loop": loop_rate, "continuous": their_rate}, "ended": len(ended), "matched": sum(matched)}  # fmt: skip
 
 # %% [markdown]
