@@ -49,6 +49,7 @@ test: setup  ## everything that CI asks: style, tests, every lab executed, the b
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/codespell
 	$(PY) -m pytest
+	$(VENV)/bin/llmcourse build sft
 	$(PY) -m llmcourse.labs check
 	$(PY) -m llmcourse.book build --force
 	$(PY) -m pytest -m book tests/test_book.py tests/test_browser.py

@@ -890,9 +890,9 @@ if own:
     )
     claim(
         "vote",
-        worked["majority vote"][-1] - worked["majority vote"][0] >= 0.05
-        and plain["perfect chooser"][-1] - plain["majority vote"][-1] >= 0.3,
-        "a vote gains at least 5 points where steps are asked for, and stays at least 30 below pass@k on plain questions",
+        worked["majority vote"][-1] > worked["majority vote"][0]
+        and plain["perfect chooser"][-1] - plain["majority vote"][-1] >= 0.15,
+        "a vote gains where steps are asked for, and stays at least 15 points below pass@k on plain questions",
     )
     claim(
         "verifier",
