@@ -128,7 +128,7 @@ results = {"preset": PRESET, "corpus": CORPUS, "seed": SEED, "model": MODEL, "st
 #
 # **Why.** A matrix with a million numbers can be changed by a product of two thin ones with a few thousand, $W + s\,BA$. Everything that training keeps for each trained number shrinks with them.
 #
-# The model is the course's assistant: the base model, fine-tuned on requests about the town as in [chapter 10](../book/posttraining/finetuning.md). If this machine has not trained it yet, it does so now.
+# The model is the course's assistant: the base model, fine-tuned on requests about the town (`llmcourse build sft`). If this machine has not trained it yet, it does so now.
 
 # %%
 stage = {"preset": "cpu" if PRESET == "smoke" else PRESET, "corpus": CORPUS, "seed": SEED, "model": MODEL}
