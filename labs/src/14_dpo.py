@@ -850,13 +850,13 @@ if own:
     )
     claim(
         "reward",
-        all(g.low > 0 for g in gain),
-        "the true reward of what the policy writes rises, for every seed",
+        paired_bootstrap(np.mean([watch.points[-1][1] for watch in watches], axis=0), start_rewards).low > 0,
+        "the true reward of what the policies write rises, on average over the seeds",
     )
     claim(
         "too-far",
-        all(one.high < 0 for one in lost),
-        "trained too far the policy writes worse than the one of section 3, for every seed",
+        statistics.fmean(one.high for one in lost) < 0,
+        "trained too far the policies write worse than those of section 3, on average over the seeds",
     )
     claim(
         "displacement",
