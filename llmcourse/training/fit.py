@@ -7,11 +7,10 @@ all micro-steps and processes, so that every unit weighs the same however a batc
 
 from __future__ import annotations
 
-import contextlib
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -196,7 +195,7 @@ def fit(
     began = time.perf_counter() - result.seconds
     model.train()
     with (
-        _reproducible(device),
+        runtime.reproducible(device),
         runtime.PeakMemory(device) as memory,
         _bar(settings, first, progress, description) as bar,
     ):
@@ -287,27 +286,6 @@ def _step(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-
-
-@contextlib.contextmanager
-def _reproducible(device: torch.device) -> Iterator[None]:
-    """On a CPU: sums in a fixed order, so that a run can be repeated bit for bit on a machine of the same kind.
-
-    Compiled code would otherwise add up the gradient of the embedding in the order in which threads arrive.
-    """
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    if device.type == "cpu":
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and decides nothing here
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 def _maybe_compile(loss: Loss, settings: FitSettings, device: torch.device, first: int) -> Loss:
