@@ -116,9 +116,11 @@ class TokenConstraint:
 
     def _remove_dead_ends(self) -> None:
         """Where the vocabulary has gaps: forbid tokens after which no sequence of tokens leads to a match."""
-        todo = [self.start]
-        while todo:
-            todo += [after for after in self.allowed(todo.pop()).values() if after not in self._next]
+        open_states = [self.start]
+        while open_states:
+            open_states += [
+                after for after in self.allowed(open_states.pop()).values() if after not in self._next
+            ]
         good = _that_reach(set(self._machine.finals), self._next)
         for state, arrows in self._next.items():
             self._next[state] = {token: after for token, after in arrows.items() if after in good}

@@ -194,11 +194,8 @@ def fit(
     speed = _speed_meter(model, device, dtype or torch.float32, world.size)
     began = time.perf_counter() - result.seconds
     model.train()
-    with (
-        runtime.reproducible(device),
-        runtime.PeakMemory(device) as memory,
-        _bar(settings, first, progress, description) as bar,
-    ):
+    bar = _bar(settings, first, progress, description)
+    with runtime.reproducible(device), runtime.PeakMemory(device) as memory, bar:
         for step in range(first, settings.steps):
             step_began = time.perf_counter()
             totals = torch.zeros(2, dtype=torch.float64, device=device)  # summed loss, number of units

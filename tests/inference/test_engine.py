@@ -89,10 +89,10 @@ def test_random_arrivals_cancellations_and_limits(seed):
     prompts = some_prompts(8, seed=seed, longest=30)
     lengths = [rng.randint(1, 30) for _ in prompts]
     added, cancelled = {}, set()
-    todo = list(range(len(prompts)))
-    while todo or one.has_work:
-        if todo and rng.random() < 0.4:
-            i = todo.pop()
+    to_come = list(range(len(prompts)))
+    while to_come or one.has_work:
+        if to_come and rng.random() < 0.4:
+            i = to_come.pop()
             params = SamplingParams(temperature=0.0, max_new_tokens=lengths[i])
             added[i] = one.add(prompts[i], params)
         if added and rng.random() < 0.1:
