@@ -28,16 +28,14 @@ def feature_auc(latents: Tensor, truth: Tensor) -> Tensor:
         raise ValueError(
             f"{n_true} places with the property and {n_false} without: there must be some of each"
         )
-    ranks = torch.from_numpy(_mean_ranks(latents.detach().cpu().numpy()))  # (N, M)
-    total = ranks[truth.cpu()].sum(dim=0)
-    return (total - n_true * (n_true + 1) / 2) / (n_true * n_false)
+    return _auc_from_ranks(_mean_ranks(latents), truth.cpu())
 
 
-def _mean_ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1 in each column, ties with the mean of theirs. Most values of a sparse code are 0, hence by hand."""
+def _mean_ranks(latents: Tensor) -> Tensor:
+    """Ranks from 1 in each column, ties with the mean of theirs, (N, M) float64."""
     from scipy.stats import rankdata
 
-    return rankdata(values, axis=0)
+    return torch.from_numpy(rankdata(latents.detach().cpu().numpy(), axis=0))
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def match_features(
     names = np.unique(owners)
     chosen = np.random.default_rng(seed).permutation(names)[: len(names) // 2]
     first = torch.from_numpy(np.isin(owners, chosen))
-    sides = [_mean_ranks_of(latents, first), _mean_ranks_of(latents, ~first)]
+    sides = [_mean_ranks(latents[side]) for side in (first, ~first)]
     found = []
     for variable, truth in truths.items():
         halves = [truth.bool().cpu()[side] for side in (first, ~first)]
@@ -78,10 +76,6 @@ def match_features(
             Match(variable, feature, float(score[feature]), float(choice[feature]), int(halves[1].sum()))
         )
     return sorted(found, key=lambda match: -match.auc)
-
-
-def _mean_ranks_of(latents: Tensor, side: Tensor) -> Tensor:
-    return torch.from_numpy(_mean_ranks(latents.detach().cpu().numpy()[side.numpy()]))
 
 
 def _auc_from_ranks(ranks: Tensor, truth: Tensor) -> Tensor:

@@ -144,11 +144,15 @@ def add(vector: Tensor, positions: Sequence[int] | slice = slice(None)) -> Hook:
 
 
 def set_heads(heads: Sequence[int], value: Tensor | float = 0.0) -> Hook:
-    """A hook for "head_outputs" (B, T, H, C) that puts a number, or `value` of that shape, in place of some heads."""
+    """A hook for "head_outputs" (B, T, H, C) that puts a number, or `value` of that
+    shape or one that expands to it, in place of some heads."""
 
     def hook(found: Tensor, name: str) -> Tensor:
         changed = found.clone()
-        changed[:, :, list(heads)] = value[:, :, list(heads)] if isinstance(value, Tensor) else value
+        wanted = (
+            value.to(found.dtype).expand_as(found)[:, :, list(heads)] if isinstance(value, Tensor) else value
+        )
+        changed[:, :, list(heads)] = wanted
         return changed
 
     return hook

@@ -82,7 +82,7 @@ def without_heads(heads: Sequence[Head], means: dict[str, Tensor] | None = None)
     for layer in sorted({layer for layer, _ in heads}):
         name = f"blocks.{layer}.head_outputs"
         some = [head for other, head in heads if other == layer]
-        hooks[name] = set_heads(some) if means is None else _mean_heads(some, means[name])
+        hooks[name] = set_heads(some) if means is None else set_heads(some, means[name])
     return hooks
 
 
@@ -91,10 +91,3 @@ def mean_head_outputs(model: Transformer, tokens: Tensor) -> dict[str, Tensor]:
     """Mean of every head's output over rows and positions, (H, C) for each layer's "head_outputs"."""
     _, found = record(model, tokens, "blocks.*.head_outputs")
     return {name: value.mean(dim=(0, 1)) for name, value in found.items()}
-
-
-def _mean_heads(heads: Sequence[int], mean: Tensor) -> Hook:
-    def hook(value: Tensor, name: str) -> Tensor:
-        return set_heads(heads, mean.expand_as(value))(value, name)
-
-    return hook
