@@ -12,29 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from llmcourse.inference import KVCache, SamplingParams, complete, generate
 from llmcourse.inference import generation as module
-from llmcourse.models.config import ModelConfig
 from llmcourse.models.pretrained import save_pretrained
 from llmcourse.models.transformer import Transformer
-
-V, CONTEXT = 61, 96
-
-
-def make(**changes: object) -> Transformer:
-    sizes = {
-        "vocab_size": V,
-        "context_length": CONTEXT,
-        "d_model": 24,
-        "n_layers": 2,
-        "n_heads": 4,
-        "n_kv_heads": 2,
-    }
-    torch.manual_seed(1)
-    model = Transformer(ModelConfig(**(sizes | {"d_ff": 32, "tie_embeddings": False} | changes))).eval()
-    with torch.no_grad():  # weights that make the likeliest token clear and the sequences lively
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=0.4)
-    return model
+from tests.inference.small import CONTEXT, V
+from tests.inference.small import lively_model as make
 
 
 @pytest.fixture(scope="module")
