@@ -30,5 +30,8 @@ def test_lines_name_figures_ratio_and_verdict(tmp_path):
     ]
     (folder / "sft_speed.json").write_text(json.dumps(stored | {"bars": {"b": 1.5}}))
     assert benchmark_lines("sft", tmp_path)[-1] == "    b: 5, ratio 1.00 (bar 1.5: missed)"
+    many = {"ours": [2751.4], "peers": {"a": [0.01234]}, "ratios": {"a": 3.0}, "bars": {}}
+    (folder / "sft_speed.json").write_text(json.dumps(stored | many))
+    assert benchmark_lines("sft", tmp_path) == ["a run: 2,751 steps/s", "    a: 0.0123, ratio 3.00"]
     with pytest.raises(ValueError, match="no benchmark begins with 'dpo'"):
         benchmark_lines("dpo", tmp_path)

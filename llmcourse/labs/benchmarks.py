@@ -20,10 +20,15 @@ def benchmark_lines(prefix: str, repository: Path | None = None) -> list[str]:
     lines = []
     for one in found:
         own = statistics.median(one["ours"])
-        lines.append(f"{one['what']}: {own:,.3g} {one['unit']}")
+        lines.append(f"{one['what']}: {_figure(own)} {one['unit']}")
         for peer, ratio in one["ratios"].items():
             bar = one["bars"].get(peer)
             verdict = "" if bar is None else f" (bar {bar:g}: {'holds' if ratio >= bar else 'missed'})"
             other = statistics.median(one["peers"][peer])
-            lines.append(f"    {peer}: {other:,.3g}, ratio {ratio:.2f}{verdict}")
+            lines.append(f"    {peer}: {_figure(other)}, ratio {ratio:.2f}{verdict}")
     return lines
+
+
+def _figure(value: float) -> str:
+    """Three digits, and whole numbers from 100 on instead of powers of ten."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
