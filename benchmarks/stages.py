@@ -7,6 +7,7 @@ is scored by `instruction_report` on the same requests, so that methods can be c
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,6 @@ from typing import Any
 from benchmarks.harness import result
 from llmcourse import pipeline
 from llmcourse.alignment import dpo, grpo, rewards
-from llmcourse.alignment.policy_losses import Objective
 from llmcourse.data.chat_formats import chat_format
 from llmcourse.data.instruction import InstructionBatches, encode_conversations
 from llmcourse.data.preference import PreferenceBatches, annotate_rankings, encode_pairs
@@ -26,7 +26,7 @@ from llmcourse.models.lora import LoRASettings, add_lora, fold_lora
 from llmcourse.models.transformer import Transformer
 from llmcourse.runtime import set_seed
 from llmcourse.training.finetuning import preset, sft_loss
-from llmcourse.training.fit import FitSettings, fit
+from llmcourse.training.fit import fit
 
 SEEDS = (0, 1, 2)
 PROBES = 128
@@ -114,18 +114,9 @@ def _dpo(model: Transformer, codec: Any, instructions: TownInstructions, seed: i
 def _grpo(model: Transformer, codec: Any, instructions: TownInstructions, seed: int) -> Transformer:
     chat = chat_format(codec)
     tasks = instructions.training(2000, 9 + seed, tasks=["sums"])
-    settings = grpo.cpu(
-        objective=Objective(clip_high=0.28, average="token"),
-        fit=FitSettings(
-            steps=20,
-            lr=3e-4,
-            warmup_steps=3,
-            schedule="constant",
-            weight_decay=0.0,
-            compile="off",
-            seed=seed,
-        ),
-    )
+    settings = grpo.cpu()
+    fewer = dataclasses.replace(settings.fit, steps=20, warmup_steps=3, seed=seed)
+    settings = dataclasses.replace(settings, fit=fewer)
     prompts = [chat.prompt(one.messages) for one in tasks]
     scorer = rewards.by_rule(rewards.solved, tasks)
     grpo.train_grpo(model, codec, prompts, scorer, settings, stop_id=chat.stop_ids[0])

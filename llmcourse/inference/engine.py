@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llmcourse.inference.block_manager import BlockManager
 from llmcourse.inference.constraint import TokenConstraint
-from llmcourse.inference.generation import TextCodec, holds_stop
+from llmcourse.inference.generation import TextCodec, check_prompt, holds_stop
 from llmcourse.inference.model_runner import ModelRunner
 from llmcourse.inference.paged_cache import CACHE_DTYPES, SHORT, PagedCache, Row
 from llmcourse.inference.sampling import SamplingParams, sample
@@ -133,16 +133,10 @@ class Engine:
         params = params or SamplingParams()
         prompt = [int(token) for token in prompt]
         config = self.runner.config
-        if not prompt:
-            raise ValueError("the prompt is empty: begin with the end-of-text token to start from nothing")
+        check_prompt(prompt, config.context_length)
         if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
             raise ValueError(
                 f"the prompt holds ids outside of 0 to {config.vocab_size - 1}: is it another tokenizer's?"
-            )
-        if len(prompt) >= config.context_length:
-            raise ValueError(
-                f"the prompt has {len(prompt)} tokens and the context holds {config.context_length}: shorten it to "
-                "leave room"
             )
         longest = min(len(prompt) + params.max_new_tokens, config.context_length)
         if self.manager.blocks_for(longest) > self.settings.n_blocks:

@@ -126,19 +126,25 @@ def complete(
     return texts
 
 
+def check_prompt(prompt: Sequence[int], context: int, name: str = "the prompt") -> None:
+    """Refuse a prompt that cannot be continued.
+
+    Raises:
+        ValueError: it is empty, or leaves no room in a context of so many tokens.
+    """
+    if not prompt:
+        raise ValueError(f"{name} is empty: begin with the end-of-text token to start from nothing")
+    if len(prompt) >= context:
+        raise ValueError(
+            f"{name} has {len(prompt)} tokens and the context holds {context}: shorten it to leave room"
+        )
+
+
 def _check_prompts(
     model: Transformer, prompts: Sequence[Sequence[int]], params: SamplingParams, tokenizer: TextCodec | None
 ) -> None:
-    context = model.config.context_length
     for number, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(
-                f"prompt {number} is empty: begin with the end-of-text token to start from nothing"
-            )
-        if len(prompt) >= context:
-            raise ValueError(
-                f"prompt {number} has {len(prompt)} tokens and the context holds {context}: shorten it to leave room"
-            )
+        check_prompt(prompt, model.config.context_length, f"prompt {number}")
     if params.stop and tokenizer is None:
         raise ValueError(f"stop={params.stop!r} needs a tokenizer to see the text: pass tokenizer=")
 

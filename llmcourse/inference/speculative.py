@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from llmcourse.inference.generation import check_prompt
 from llmcourse.inference.kv_cache import KVCache
 from llmcourse.inference.model_runner import ModelRunner
 from llmcourse.inference.sampling import SamplingParams, filtered_logits
@@ -172,10 +173,7 @@ def speculative_generate(
         ValueError: an empty prompt, one that leaves no room, or less than one draft token.
     """
     context = runner.config.context_length
-    if not 0 < len(prompt) < context:
-        raise ValueError(
-            f"the prompt has {len(prompt)} tokens: give 1 to {context - 1}, the context holds {context}"
-        )
+    check_prompt(prompt, context)
     if n_draft < 1:
         raise ValueError(f"n_draft={n_draft}: give at least 1")
     generator = None if params.seed is None else torch.Generator(runner.device).manual_seed(params.seed)

@@ -142,7 +142,14 @@ def test_expected_tokens_of_a_pass():
         expected_tokens(1.5, 2)
 
 
-@pytest.mark.parametrize(("prompt", "n_draft"), [([], 2), ([1] * CONTEXT, 2), ([1], 0)])
-def test_refusals(runner, prompt, n_draft):
-    with pytest.raises(ValueError, match="give"):
+@pytest.mark.parametrize(
+    ("prompt", "n_draft", "message"),
+    [
+        ([], 2, "prompt is empty"),
+        ([1] * CONTEXT, 2, f"context holds {CONTEXT}"),
+        ([1], 0, "n_draft=0: give at least 1"),
+    ],
+)
+def test_refusals(runner, prompt, n_draft, message):
+    with pytest.raises(ValueError, match=message):
         speculative_generate(runner, prompt, GREEDY, PromptLookup(), n_draft=n_draft)
