@@ -820,7 +820,7 @@ for name, parts in predicted.items():
 
 # %%
 steps = {name: make_step(**choices) for name, choices in VARIANTS.items()}
-times, ratios = {name: [] for name in VARIANTS}, []
+times, ratios, calm_predictions = {name: [] for name in VARIANTS}, [], []
 started = time.perf_counter()
 steps["compiled, bf16"]()
 synchronize(device)
@@ -828,13 +828,19 @@ compile_seconds = time.perf_counter() - started
 for step in steps.values():
     step()  # warm-up: optimizer states, first allocations
 print(f"compiling took {compile_seconds:.0f} s (half a minute the first time on a machine; later runs find the kernels in a cache)")  # fmt: skip
-for _ in progress(range(sizes["rounds"]), description="rounds", unit="round"):
+for number in progress(range(3 * sizes["rounds"]), description="rounds", unit="round"):
+    compiled = times["compiled, bf16"]
+    if number >= sizes["rounds"] and statistics.median(compiled) < 1.15 * min(compiled):
+        break  # a busy machine gets up to three times the rounds
     for name, step in steps.items():
         times[name].append(statistics.fmean(seconds_of(step) for _ in range(2)))
     again = roofline.predict_step(
         config, BATCH, T, device=device, optimizer="muon", bandwidth=roof.bandwidth, seconds=0.02
     )
-    ratios.append(again.seconds / times["compiled, bf16"][-1])
+    calm_predictions.append(again.seconds)
+    ratios.append(again.seconds / compiled[-1])
+# Whatever else runs on the machine only adds time, so the fastest of many rounds is the one to predict.
+calm_ratio = min(calm_predictions) / min(times["compiled, bf16"])
 
 # %%
 step_flops = BATCH * T * base_flops
@@ -855,8 +861,8 @@ for name, rounds in times.items():
     print(f"{name:>27}: {1e3 * guess:>8.1f} ms {1e3 * seconds:>8.1f} ms [{1e3 * min(rounds):.1f}, {1e3 * max(rounds):.1f}]"
           f" {guess / seconds:>20.2f} {BATCH * T / seconds:>18,.0f} {mfu:>6.1%}")  # fmt: skip
 results["compile_seconds"] = compile_seconds
-results["compiled_prediction_ratios"] = ratios
-print(f"compiled step, predicted / measured round by round: {[round(ratio, 2) for ratio in ratios]}")
+results["compiled_prediction_ratios"], results["compiled_prediction_fastest"] = ratios, calm_ratio
+print(f"compiled step, predicted / measured round by round: {[round(ratio, 2) for ratio in ratios]}, fastest of each {calm_ratio:.2f}")
 saved = statistics.median(times["blocked, bf16"]) - statistics.median(times["compiled, bf16"])
 print(f"half a minute of compiling repays itself after {30 / saved:,.0f} steps" if saved > 0 else "compiling does not repay itself here")  # fmt: skip
 figure = plotting.bars(
@@ -1109,8 +1115,8 @@ claim(
 )
 claim(
     "prediction",
-    abs(statistics.median(ratios) - 1) < 0.3,
-    "the predicted time of the compiled step is within 30 % of the measured one",
+    abs(calm_ratio - 1) < 0.3,
+    "the predicted time of the compiled step is within 30 % of the measured one, fastest rounds of both",
 )
 
 # %% [markdown]
