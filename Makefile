@@ -48,7 +48,7 @@ test: setup  ## everything that CI asks: style, tests, every lab executed, the b
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/codespell
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 	$(VENV)/bin/llmcourse build sft
 	$(PY) -m llmcourse.labs check
 	$(PY) -m llmcourse.book build --force

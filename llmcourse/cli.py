@@ -1,4 +1,4 @@
-"""The `llmcourse` command: `doctor`, `build`, `pretrain`, `generate`, `artifacts`.
+"""The `llmcourse` command: `doctor`, `build`, `pretrain`, `generate`, `artifacts`, and those of `grading.commands`.
 
 Heavy imports stand inside the commands, so that `--help` answers at once.
 """
@@ -15,6 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
+from llmcourse.grading.commands import add_commands
+
 app = typer.Typer(
     help="Train and use the models of the course.",
     no_args_is_help=True,
@@ -28,11 +30,13 @@ def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
-        from llmcourse.training.fit import TrainingError
-
         try:
             command(*args, **kwargs)
-        except (ValueError, OSError, TrainingError) as error:
+        except typer.Exit:  # a RuntimeError too
+            raise
+        except (ValueError, OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not _is_training_error(error):
+                raise
             print(f"llmcourse: {error}", file=sys.stderr)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
@@ -40,6 +44,15 @@ def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(130) from None
 
     return run
+
+
+def _is_training_error(error: RuntimeError) -> bool:
+    from llmcourse.training.fit import TrainingError
+
+    return isinstance(error, TrainingError)
+
+
+add_commands(app, _one_line_errors)
 
 
 @app.command()

@@ -356,7 +356,7 @@ plotting.show(
 )
 
 # %% [markdown]
-# **Read the result.** For a long time the repetition is hardly better than the first copy; then its loss falls to almost nothing within one round. Before that, one head has learned to look at the token before. Nothing in the loss rewards this by itself. It is the first half of a circuit whose second half then pays at once.
+# **Read the result.** For a long time the repetition is hardly better than the first copy; then its loss falls to almost nothing within a round or two. Before that, one head has learned to look at the token before. Nothing in the loss rewards this by itself. It is the first half of a circuit whose second half then pays at once.
 #
 # Which heads are it? Remove the ones with high scores, and as many others, and compare.
 
@@ -1029,7 +1029,7 @@ results["flaw"] = {
 }
 
 # %% [markdown]
-# **Diagnosis.** With the sound model at hand, the difference of the two answers names the attribute and the residents. Without it one has only how sure the flawed model is, which says nothing of use: a lie that has just been learned is told with no less confidence. Transplanting blocks says where it sits. Putting the sound block back in one place brings most of the truth back, in the others hardly any; it is the block to which the credit of section 1 went.
+# **Diagnosis.** With the sound model at hand, the difference of the two answers names the attribute and the residents: not in the mean, since the second training has shaken every answer a little, but at the head of the list. Without it one has only how sure the flawed model is, which says nothing of use: a lie that has just been learned is told with no less confidence. Transplanting blocks says where it sits. Putting the sound block back in one place brings most of the truth back, in the others hardly any; it is the block to which the credit of section 1 went.
 
 # %%
 # NBVAL_CHECK_OUTPUT

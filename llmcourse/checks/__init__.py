@@ -5,7 +5,18 @@
 
 from __future__ import annotations
 
-from llmcourse.checks.checking import CheckResult, check, judge, verify, verify_chapter, with_gradients
+from llmcourse.checks.checking import (
+    CheckResult,
+    Failure,
+    Outcome,
+    Trial,
+    check,
+    judge,
+    run_cases,
+    verify,
+    verify_chapter,
+    with_gradients,
+)
 from llmcourse.checks.claims import ClaimError, claim
 from llmcourse.checks.comparison import difference
 from llmcourse.checks.exercise import Case, Exercise, Mutant, exercises, find_exercise, slugs
@@ -15,13 +26,17 @@ __all__ = [
     "CheckResult",
     "ClaimError",
     "Exercise",
+    "Failure",
     "Mutant",
+    "Outcome",
+    "Trial",
     "check",
     "claim",
     "difference",
     "exercises",
     "find_exercise",
     "judge",
+    "run_cases",
     "slugs",
     "verify",
     "verify_chapter",

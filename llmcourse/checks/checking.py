@@ -22,6 +22,7 @@ from llmcourse.checks.comparison import difference, short
 from llmcourse.checks.exercise import Case, Exercise, Mutant, build_case, exercises, find_exercise
 
 CORRECT, WRONG, ERROR, UNANSWERED = "correct", "wrong", "error", "not answered"
+MAX_FAILURE_TEXT = 2000
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class CheckResult:
         message: the line that was printed.
         case: number of the first case that failed, from 1; `None` if none did.
         mutant: name of the known wrong answer that this one behaves like, if any.
+        problem: what is different in that case, without the advice; `None` if nothing is.
     """
 
     exercise_id: str
@@ -44,6 +46,7 @@ class CheckResult:
     message: str
     case: int | None = None
     mutant: str | None = None
+    problem: str | None = None
 
     @property
     def correct(self) -> bool:
@@ -63,11 +66,28 @@ class CheckResult:
 
 
 @dataclass(frozen=True)
+class Failure:
+    """An exception that an answer raised, as plain text, so that it can leave the process in which it was raised.
+
+    Attributes:
+        kind: name of the exception's class.
+        text: what the exception says, cut to `MAX_FAILURE_TEXT` characters.
+        described: kind, text and the learner's own line in one line, for the message.
+        unwritten: whether the answer itself says that it is not written yet.
+    """
+
+    kind: str
+    text: str
+    described: str
+    unwritten: bool = False
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """What one call did: the value it returned or the exception it raised, and whether it wrote into its inputs."""
+    """What one call did: the value it returned or how it failed, and which of its inputs it wrote into."""
 
     value: Any = None
-    error: BaseException | None = None
+    failure: Failure | None = None
     changed: str | None = None
 
 
@@ -94,40 +114,93 @@ def check(exercise: Exercise | str, answer: Any, *, seed: int | None = None) -> 
 def judge(exercise: Exercise, answer: Any, *, seed: int = 0, quiet: bool = True) -> CheckResult:
     """`check` without printing its line; `quiet` also swallows what the answer prints."""
     with _one_thread():
-        return _Trial(exercise, seed).judge(answer, quiet=quiet)
+        return Trial(exercise, seed).judge(answer, quiet=quiet)
 
 
-class _Trial:
-    """An exercise on the cases of one seed; what the reference and the mutants do there is computed once."""
+def run_cases(exercise: Exercise, answer: Any, seed: int, quiet: bool = True) -> list[Outcome]:
+    """What an answer does on each case of a seed: the half of a check that runs the learner's code.
 
-    def __init__(self, exercise: Exercise, seed: int) -> None:
+    Nothing the answer does raises here, but for `KeyboardInterrupt`. The global random state is left as it was.
+
+    Args:
+        exercise: the record.
+        answer: the learner's function, class or value.
+        seed: seed of the input cases.
+        quiet: swallow what the answer prints.
+
+    Returns:
+        One outcome a case, in order; fewer when the answer is unwritten, since it is not called again then.
+    """
+    with _one_thread():
+        return _run_cases(exercise, answer, list(exercise.cases(seed)), seed, quiet)
+
+
+class Trial:
+    """An exercise on the cases of one seed; what the reference and the mutants do there is computed once.
+
+    Attributes:
+        exercise, seed: what is tried.
+        cases: the inputs of this seed.
+        expected: what the reference does on them.
+    """
+
+    def __init__(self, exercise: Exercise, seed: int, translate: Callable[[Any], Any] | None = None) -> None:
+        """Run the reference on the cases of a seed.
+
+        Args:
+            exercise: the record.
+            seed: seed of the input cases.
+            translate: applied to each value of the reference and the mutants, for outcomes to be graded that were
+                themselves translated on their way from another process.
+
+        Raises:
+            ValueError: the reference fails on a case.
+        """
         self.exercise, self.seed, self.cases = exercise, seed, list(exercise.cases(seed))
-        self.expected = self.outcomes(exercise.reference)
+        self._translate = translate
+        self.expected = self._known(exercise.reference)
         for number, outcome in enumerate(self.expected, 1):
-            if outcome.error:
+            if outcome.failure:
                 raise ValueError(
-                    f"exercise {exercise.id!r}: the reference fails on case {number}: {outcome.error!r}"
+                    f"exercise {exercise.id!r}: the reference fails on case {number}: {outcome.failure.described}"
                 )
 
     def outcomes(self, answer: Any, quiet: bool = True) -> list[Outcome]:
-        """What an answer does on each case; an unwritten one is not called again."""
-        found: list[Outcome] = []
-        for case in self.cases:
-            found.append(_outcome(self.exercise, answer, case, self.seed, quiet))
-            if isinstance(found[-1].error, NotImplementedError) and _is_stub(found[-1].error):
-                break
-        return found
+        """`run_cases` on the cases of this trial."""
+        return _run_cases(self.exercise, answer, self.cases, self.seed, quiet)
+
+    def _known(self, answer: Any) -> list[Outcome]:
+        found = self.outcomes(answer)
+        if self._translate is None:
+            return found
+        return [
+            outcome if outcome.failure else Outcome(self._translate(outcome.value), changed=outcome.changed)
+            for outcome in found
+        ]
 
     @functools.cached_property
     def mutants(self) -> list[tuple[Mutant, list[Outcome]]]:
         """The known wrong answers and what they do."""
-        return [(mutant, self.outcomes(mutant.function)) for mutant in self.exercise.mutants]
+        return [(mutant, self._known(mutant.function)) for mutant in self.exercise.mutants]
 
     def judge(self, answer: Any, quiet: bool = True) -> CheckResult:
-        """Compare with the reference, then look for the mutant that does the same."""
-        exercise, got = self.exercise, self.outcomes(answer, quiet)
-        if isinstance(got[-1].error, NotImplementedError) and _is_stub(got[-1].error):
+        """Run an answer and grade what it did."""
+        return self.grade(self.outcomes(answer, quiet))
+
+    def grade(self, got: list[Outcome]) -> CheckResult:
+        """Compare outcomes with the reference's, then look for the mutant that does the same.
+
+        Args:
+            got: one outcome a case, in order; it may end early with one that is unwritten.
+
+        Raises:
+            ValueError: there are more or fewer outcomes than cases.
+        """
+        exercise = self.exercise
+        if got and got[-1].failure is not None and got[-1].failure.unwritten:
             return _result(exercise, UNANSWERED, "not answered yet.")
+        if len(got) != len(self.expected):
+            raise ValueError(f"exercise {exercise.id!r}: {len(got)} outcomes for {len(self.expected)} cases")
         problems = [_problem(exercise, *pair) for pair in zip(self.expected, got, strict=True)]
         failed = next((i for i, problem in enumerate(problems) if problem), None)
         if failed is None:
@@ -137,10 +210,11 @@ class _Trial:
         where = f"Case {failed + 1} of {len(got)} ({_describe(self.cases[failed])})"
         return _result(
             exercise,
-            ERROR if got[failed].error else WRONG,
+            ERROR if got[failed].failure else WRONG,
             f"not yet. {where}: {problems[failed]}. {advice}".strip(),
             case=failed + 1,
             mutant=mutant.name if mutant else None,
+            problem=problems[failed],
         )
 
     def match(self, got: list[Outcome]) -> Mutant | None:
@@ -164,7 +238,7 @@ def verify(exercise: Exercise, seeds: tuple[int, ...] = (0, 1, 2)) -> list[str]:
 
 
 def _verify(exercise: Exercise, seed: int) -> list[str]:
-    trial, place = _Trial(exercise, seed), f"{exercise.id}, seed {seed}"
+    trial, place = Trial(exercise, seed), f"{exercise.id}, seed {seed}"
     reference, stub, problems = trial.judge(exercise.reference), trial.judge(_stub), []
     if not reference.correct:
         problems.append(f"{place}: the reference is rejected: {reference.message}")
@@ -213,6 +287,15 @@ def _result(exercise: Exercise, status: str, text: str, **more: Any) -> CheckRes
     return CheckResult(exercise.id, status, points, exercise.points, f"{exercise.title}: {text}", **more)
 
 
+def _run_cases(exercise: Exercise, answer: Any, cases: list[Any], seed: int, quiet: bool) -> list[Outcome]:
+    found: list[Outcome] = []
+    for case in cases:
+        found.append(_outcome(exercise, answer, case, seed, quiet))
+        if found[-1].failure is not None and found[-1].failure.unwritten:
+            break
+    return found
+
+
 def _outcome(exercise: Exercise, answer: Any, case: Any, seed: int, quiet: bool = True) -> Outcome:
     built = build_case(case)
     # One deep copy of all inputs together keeps what they share: a model and its parameters.
@@ -224,7 +307,7 @@ def _outcome(exercise: Exercise, answer: Any, case: Any, seed: int, quiet: bool 
         try:
             value = exercise.run(answer, inputs)
         except (Exception, SystemExit) as error:
-            return Outcome(error=error)
+            return Outcome(failure=_failure(error))
     return Outcome(value, changed=None if exercise.may_change_inputs else _changed(built, inputs))
 
 
@@ -270,8 +353,8 @@ def _one_thread() -> Iterator[None]:
 
 
 def _problem(exercise: Exercise, expected: Outcome, got: Outcome) -> str | None:
-    if got.error is not None:
-        return _describe_error(got.error)
+    if got.failure is not None:
+        return got.failure.described
     if got.changed:
         return f"the answer writes into its input ({got.changed}); work on a new tensor"
     return _compare(exercise, expected.value, got.value)
@@ -285,8 +368,9 @@ def _compare(exercise: Exercise, expected: Any, got: Any) -> str | None:
 
 def _alike(exercise: Exercise, mutant: Outcome, got: Outcome) -> bool:
     """Whether an answer did what a mutant does: the same values, or the same exception with the same text."""
-    if mutant.error or got.error:
-        return type(mutant.error) is type(got.error) and str(mutant.error) == str(got.error)
+    if mutant.failure or got.failure:
+        both = mutant.failure is not None and got.failure is not None
+        return both and (mutant.failure.kind, mutant.failure.text) == (got.failure.kind, got.failure.text)
     if bool(mutant.changed) != bool(got.changed):
         return False
     if mutant.value is None or got.value is None:
@@ -308,9 +392,18 @@ def _describe(case: Any) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def _describe_error(error: BaseException) -> str:
+def _failure(error: BaseException) -> Failure:
+    try:
+        text = str(error)
+    except Exception:  # an exception class of the learner's whose own text fails
+        text = ""
+    unwritten = isinstance(error, NotImplementedError) and _is_stub(error)
+    return Failure(type(error).__name__, text[:MAX_FAILURE_TEXT], _describe_error(error, text), unwritten)
+
+
+def _describe_error(error: BaseException, text: str) -> str:
     """The exception and the learner's own line that led to it."""
-    text = " ".join(str(error).split())
+    text = " ".join(text.split())
     text = text if len(text) <= 160 else text[:157] + "..."
     what = f"{type(error).__name__}: {text}" if text else type(error).__name__
     for filename, number in reversed(_frames(error)):
