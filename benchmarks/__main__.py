@@ -26,6 +26,7 @@ CPU = (
     "grpo_speed",
     "stages",
     "serving_speed",
+    "grading_speed",
 )
 GPU = ("gpu_pretraining",)
 

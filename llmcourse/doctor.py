@@ -98,6 +98,7 @@ def diagnose(repository: Path | None = None, *, seconds: float = 0.5) -> Report:
         check_bf16(device, gflops),
         check_compiler(),
         Check("matrix product", ", ".join(f"{rate:,.0f} GFLOP/s in {kind}" for kind, rate in gflops.items())),
+        check_jail(),
     ]
     return Report(checks, estimates, gflops)
 
@@ -129,6 +130,18 @@ def check_python(requires: str, version: str | None = None) -> Check:
     version = version or platform.python_version()
     fits = SpecifierSet(requires).contains(version, prereleases=True)
     return Check("Python", version, None if fits else f"use a Python {requires}")
+
+
+def check_jail() -> Check:
+    """Which walls a jail for students' notebooks has here; only who grades needs one, so that none is no problem."""
+    from llmcourse.grading.jail.client import Jail
+
+    try:
+        with Jail(preload=()) as jail:
+            walls = [name for name, stands in jail.layers.items() if stands]
+    except (ValueError, OSError) as error:
+        return Check("jail for grading", f"none: {error}")
+    return Check("jail for grading", ", ".join(walls))
 
 
 def check_packages(

@@ -862,7 +862,9 @@ for name, rounds in times.items():
           f" {guess / seconds:>20.2f} {BATCH * T / seconds:>18,.0f} {mfu:>6.1%}")  # fmt: skip
 results["compile_seconds"] = compile_seconds
 results["compiled_prediction_ratios"], results["compiled_prediction_fastest"] = ratios, calm_ratio
-print(f"compiled step, predicted / measured round by round: {[round(ratio, 2) for ratio in ratios]}, fastest of each {calm_ratio:.2f}")
+print(
+    f"compiled step, predicted / measured round by round: {[round(ratio, 2) for ratio in ratios]}, fastest of each {calm_ratio:.2f}"
+)
 saved = statistics.median(times["blocked, bf16"]) - statistics.median(times["compiled, bf16"])
 print(f"half a minute of compiling repays itself after {30 / saved:,.0f} steps" if saved > 0 else "compiling does not repay itself here")  # fmt: skip
 figure = plotting.bars(

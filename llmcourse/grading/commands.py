@@ -82,7 +82,7 @@ def release(
         trust=i_trust_these_notebooks,
     )
     for manifest in made:
-        worth = f"{len(manifest.points)} exercises and {len(manifest.manual)} questions, {manifest.max_points:g} points"
+        worth = f"exercises: {len(manifest.points)}, questions: {len(manifest.manual)}, points: {manifest.max_points:g}"
         print(f"{manifest.assignment}: {worth}")
     print(f"for the students: {out / 'student'}\nfor yourself alone: {out / 'key'}")
 

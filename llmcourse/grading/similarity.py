@@ -23,7 +23,7 @@ SHINGLE = 5
 ALIKE = 0.75
 MIN_OWN_SHINGLES = 12
 """answers with fewer runs of their own are too short for a likeness to mean anything"""
-COMMON_SHARE, COMMON_LEAST = 0.1, 4
+COMMON_SHARE, COMMON_LEAST = 0.25, 8
 """a run in more than this share of the answers, and in more than so many, is an idiom"""
 COPIED, COPIED_LEAST = 0.9, 30
 MAX_SOURCE = 20_000

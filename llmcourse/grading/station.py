@@ -225,21 +225,24 @@ class Station:
         """Try the jail's walls and the controls before anything is graded.
 
         Returns:
-            The walls that stand.
+            The layers of walls that stand, and the one wall that may be missing without namespaces.
 
         Raises:
             ValueError: a wall does not hold, or the controls do not score what they must.
         """
-        from llmcourse.grading.jail.selftest import self_test
+        from llmcourse.grading.jail.selftest import BEARABLE, self_test
 
         fallen = [wall for wall in self_test(self.jail) if not wall.stands]
-        if fallen and not self.trust:
+        inside = self.jail.layers.get("namespaces", False)
+        grave = [wall for wall in fallen if inside or wall.name not in BEARABLE]
+        if grave and not self.trust:
             raise ValueError(
-                f"the jail does not hold on this machine ({fallen[0].name}: {fallen[0].detail}): nothing was graded; "
-                "`llmcourse doctor` says what is missing"
+                f"the jail does not hold on this machine ({grave[0].name}: {grave[0].detail}): nothing was graded; "
+                "`llmcourse doctor` says which walls can be built"
             )
         self.check_controls()
-        return tuple(name for name, stands in self.jail.layers.items() if stands)
+        standing = tuple(name for name, stands in self.jail.layers.items() if stands)
+        return (*standing, *(f"no wall: {wall.name}" for wall in fallen if wall not in grave))
 
     def check_controls(self) -> None:
         """Grade the model solutions and the untouched notebook.

@@ -50,6 +50,8 @@ _STAY = (
 )
 _NEEDS = {"size of files": "namespaces", "new namespaces": "seccomp", "tracing": "seccomp"}
 """walls of which only this layer is the ground: without it they are reported as absent, with that reason"""
+BEARABLE = frozenset({"size of files"})
+"""walls that a machine may lack: a submission could fill the disk of temporary files until it is killed"""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ def self_test(jail: Jail) -> list[Wall]:
             path.chmod(rights)
         server.bind(("127.0.0.1", 0))
         server.listen()
-        names = {"abstract": f"\0{marker}"} if hasattr(socket, "AF_UNIX") else {}
+        # Only Linux has socket names that are no files.
+        names = {"abstract": f"\0{marker}" if sys.platform == "linux" else str(Path(folder, "socket"))}
         abstract.bind(names["abstract"])
         abstract.listen()
         names |= {"host": "127.0.0.1", "port": server.getsockname()[1], "hidden": _hidden()}

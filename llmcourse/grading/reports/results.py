@@ -64,7 +64,9 @@ class Result:
         """Why there is no total yet, in a few words; nothing when there is one."""
         waiting = [f"{self.grade.verdict}: a person decides"] if self.automatic is None else []
         unmarked = sum(m.points is None for m in self.marks if m.question != AUTOMATIC)
-        waiting += [f"{unmarked} questions not marked"] if unmarked else []
+        waiting += (
+            [f"{unmarked} {'question' if unmarked == 1 else 'questions'} not marked"] if unmarked else []
+        )
         return "; ".join(waiting)
 
 
