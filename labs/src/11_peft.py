@@ -89,7 +89,7 @@ from llmcourse.training.fit import FitSettings, fit
 
 SIZES = {
     "cpu": {
-        "steps": 60, "n_seeds": 3, "held_out": 192, "others": 24, "high_rank": 16,
+        "steps": 52, "n_seeds": 3, "held_out": 160, "others": 24, "high_rank": 16,
         "rates": {"full": (3e-4, 1e-3, 3e-3), "LoRA": (3e-3, 1e-2, 3e-2), "adapters": 1e-2, "prompt": 3e-1},
     },
     "gpu": {
