@@ -12,7 +12,7 @@ from llmcourse.grading.limits import Limits
 from llmcourse.grading.manifest import AssignmentKey, Key
 from llmcourse.grading.release import release
 
-CONFIG = "repository:\n  url: https://github.com/llmcourse/llmcourse\n  branch: main\n"
+CONFIG = "repository:\n  url: https://example.org/small/labs\n  branch: main\n"
 HEAD = """\
 # %% [markdown]
 # # A small lab

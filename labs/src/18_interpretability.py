@@ -558,7 +558,7 @@ results["patching"] = {
 # **Read the result.** Before the first block only the name differs, so only there can a patch do anything; behind the last block only the last token is read, so everything has to be there. Both halves of the name are needed, each brings back half. They stay where they are until late; then heads of the last blocks carry what they hold to the last token, where the last feed-forward layer, by section 1, turns it into the word. The estimate from one gradient finds the same places at the price of two forward passes and one backward.
 
 # %% [markdown]
-# ## 4. What a probe shows
+# ## 4. Directions: probes and steering
 #
 # **Why.** A story says who took what from whom. Does the stream hold who has the thing at the end? A probe answers, if one knows what it would have answered anyway.
 #
@@ -619,11 +619,9 @@ results["probes"] = {name: [[one.value, one.low, one.high] for one in rows] for 
 # **Read the result.** Read alone, the probe looks like a discovery: out of 48 names it finds the holder in about half of the stories. The control takes most of it away. The stream holds the names of the story, from which a probe can memorize a random word for each opener, and guessing one of two people is right half of the time. What is left, the difference, is about what the model itself knows, which is not much better than a coin. The stories are fluent, and they have not been followed.
 
 # %% [markdown]
-# ## 5. Steering
+# **Why, the other way round.** If a property is a direction, adding the direction should produce the property. Two are tried, a mood that a story has stated and a resident's occupation. The difference of means of the first is taken at the end of stories that differ in one word, that of the second at the end of prompts about residents with and without it.
 #
-# **Why.** If a property is a direction, adding the direction should produce the property. Two are tried, a mood that a story has stated and a resident's occupation. The difference of means of the first is taken at the end of stories that differ in one word, that of the second at the end of prompts about residents with and without it.
-#
-# **Predict.** Section 1 has shown that the model knows the occupations, section 4 that it does not follow stories. For which of the two does the vector do anything?
+# **Predict.** Section 1 has shown that the model knows the occupations, the probe that it does not follow stories. For which of the two does the vector do anything?
 #
 # **Exercise 6.** Take a direction out of a stream.
 #
@@ -740,7 +738,7 @@ results["steering"] = {"word": JOB, "runs": steering, "taken_out": [statistics.f
 # **Read the result.** The mood cannot be steered, because it is not there: stories with *happy* and with *sad* end in nearly the same stream, and the difference of their means is a vector of hardly any length. A direction can strengthen what the model computes, it cannot make it compute. The occupation is there, and its direction makes people of other trades judges, or whatever the word is, at a strength at which a random direction does nothing of the kind. The price is on the same axis: the vector is added to every token of every text, and a random one of this length costs as much.
 
 # %% [markdown]
-# ## 6. A dictionary of features
+# ## 5. A dictionary of features
 #
 # **Why.** Directions found one by one need a question first. A sparse autoencoder proposes many at once, without labels. Here the labels exist: for every token we know whether it is a place, a digit, part of a story. So its features can be scored instead of named by eye.
 #

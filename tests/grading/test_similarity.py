@@ -65,7 +65,7 @@ def test_a_renamed_copy_is_found_among_others():
 
 
 def test_what_is_common_or_given_is_not_held_against_anyone():
-    everyone = {f"s{i:03}": USUAL for i in range(8)}
+    everyone = {f"s{i:03}": USUAL for i in range(9)}
     assert similar_answers(everyone) == []
     two = {"s001": ODD, "s002": RENAMED}
     assert similar_answers(two) == [("s001", "s002")]
