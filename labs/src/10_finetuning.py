@@ -104,7 +104,7 @@ results["sizes"] = {name: list(value) if isinstance(value, tuple) else value for
 # %% [markdown]
 # ## 1. The same loss on other data
 #
-# **Why.** The base model continues documents. It has read everything that is asked here about the residents, and it has never seen a question. Fine-tuning goes on with the same loss on conversations, with one difference: only what the assistant writes is a target.
+# **Why.** The base model continues documents. It has read everything that is asked here about the residents, and it has never had to answer in this form. Fine-tuning goes on with the same loss on conversations, with one difference: only what the assistant writes is a target.
 
 # %%
 base = pipeline.load("base", preset="cpu" if smoke else PRESET, corpus=CORPUS, seed=SEED, model=MODEL)
@@ -186,7 +186,7 @@ check("finetuning/masked_loss", my_masked_loss)
 #
 # </details>
 #
-# **Predict.** The held-out questions are about residents that no training question mentions, in a format that the base model has never seen. Its score before training? And after two or three thousand conversations, seven in ten of them about other residents and the rest about sums: which of the two tasks will be nearer to its end? One needs only what the base model knows. The other needs something that it does badly.
+# **Predict.** The held-out questions are about residents that no training question mentions, in a format that the base model has never seen. Its score before training? And after nearly four thousand conversations, seven in ten of them about other residents and the rest about sums: which of the two tasks will be nearer to its end? One needs only what the base model knows. The other needs something that it does badly.
 
 
 # %%
@@ -260,7 +260,7 @@ results["plain"] = {
 }  # fmt: skip
 
 # %% [markdown]
-# **Read the result.** The loss has two parts. Most of it is gone after some twenty steps: that is the format, the tokens of the turn, the beginning of an answer, the end. The rest is slow, and it is what the scores wait for. A fact about a held-out resident cannot come from the training questions, which never mention that resident; it was in the weights, and fine-tuning has opened a way to it from a question. That is elicitation in the strict sense. Sums are another matter. Their answers have to be computed, the base model computes badly, and a format does not change that: they stay far behind. With a fixed budget both tasks are still in the middle of being learned, and scores in the middle of a transition differ from seed to seed by more than many a comparison of recipes would find. So do not rank two recipes by one seed.
+# **Read the result.** The loss has two parts. Most of it is gone after some twenty steps: that is the format, the tokens of the turn, the beginning of an answer, the end. The rest is slow, and it is what the scores wait for. A fact about a held-out resident cannot come from the training questions, which never mention that resident; it was in the weights, and fine-tuning has opened a way to it from a question. That is elicitation in the strict sense. Sums are another matter. Their answers have to be computed, the base model computes badly, and a format does not change that: they stay far behind. With this budget the facts are nearly learned, and the seeds agree within a few points; sums have hardly begun, and a task in the middle of its transition differs from seed to seed by more than many a comparison of recipes would find. So do not rank two recipes by one seed.
 
 # %% [markdown]
 # ## 2. Forgetting, and replay
@@ -300,7 +300,6 @@ old_name = "python-docs" if MODEL and CORPUS == "tinytown" and not smoke else CO
 settings = pretraining.preset("cpu" if smoke else PRESET, corpus=CORPUS, seed=SEED)  # of the base model
 old_text = pipeline.corpus(old_name, 2_000 if MODEL or smoke else settings.n_documents)
 old_context = min(context, 256)
-REPLAYED = min(context, 128)  # tokens of a window of old text
 some_old = old_text.validation.select(range(min(sizes["old_documents"], len(old_text.validation))))
 old_training = tokenize(
     old_text.train.select(range(min(4_000, len(old_text.train)))), tokenizer, progress=False
@@ -390,7 +389,7 @@ check("finetuning/replay_loss", my_replay_loss)
 #
 # </details>
 #
-# **Predict.** One window of 128 tokens of old text beside every batch of conversations, with a weight of one quarter. How much of the forgetting will it remove: a quarter, a half, nearly all? And what will it cost in answers, since the conversations now have three quarters of the weight?
+# **Predict.** One window of 256 tokens of old text beside every batch of conversations, with a weight of one quarter. How much of the forgetting will it remove: a quarter, a half, nearly all? And what will it cost in answers, since the conversations now have three quarters of the weight?
 
 # %%
 REPLAY_SHARE = 0.25
@@ -513,7 +512,7 @@ results["sweep"] = {
 }
 
 # %% [markdown]
-# **Read the result.** The two curves do not agree. From one rate to the next, forgetting grows by an order of magnitude or nearly so. What is learned grows at first, and from the middle rate to the highest it gains nothing, or loses: there the weights have been thrown so far that the old knowledge is harder to read. A recipe that is chosen by the score alone may well sit at the rate where forgetting is several times as large for nothing. The numbers belong to this task, this length, and a narrow set of questions; the shape belongs to fine-tuning.
+# **Read the result.** The two curves do not agree. From one rate to the next, forgetting grows manyfold from the lowest to the middle rate and a few times more from there to the highest. Compare with the squares of the distances: the quadratic picture fits the second step, and the first is steeper than that. What is learned grows at first, and from the middle rate to the highest it gains nothing, or loses: there the weights have been thrown so far that the old knowledge is harder to read. A recipe that is chosen by the score alone may well sit at the rate where forgetting is several times as large for nothing. The numbers belong to this task, this length, and a narrow set of questions; the shape belongs to fine-tuning.
 #
 # **Exercise 4.** Which parameters move? Given the names of a model's parameters, return those that are trained under `"full"` (all), `"head"` (the output head), or `"last:K"` (the last K blocks, the final norm, and the head). Blocks are named `blocks.0.…` to `blocks.{n_layers - 1}.…`, the rest `embedding.weight`, `final_norm.weight` and, if it is not tied, `head.weight`.
 #
@@ -588,7 +587,7 @@ for name, row in table.items():
 results["freezing"] = table
 
 # %% [markdown]
-# **Read the result.** Fewer moving weights learn less in the same number of steps: the way from a question to a fact that the lower blocks hold has to be built where the question is read, and the head comes too late for that. It can only make some words likelier everywhere. Freezing does not protect from forgetting by itself. Where the frozen part cannot do the task, what is left is bent the more, and the old text is read through the same bent blocks. What freezing surely saves is arithmetic and memory, and the time of a step follows the count of FLOPs roughly, since norms, attention and the optimizer are not in it. The frozen blocks themselves are bit for bit those of the base model.
+# **Read the result.** The last two blocks learn about as much as all of them, or little less, and the head alone learns nothing: the way from a question to a fact has to be built where the question is read, and the head comes too late for that. It can only make some words likelier everywhere. On forgetting, compare at equal rates and at the rate that each needs. At one and the same rate, the highest of the sweep, the frozen blocks protect a good part of the old text. But two blocks need a higher rate than all for the same task, and at the rate of each the advantage is gone. What freezing surely saves is arithmetic and memory, and the time of a step follows the count of FLOPs roughly, since norms, attention and the optimizer are not in it. The frozen blocks themselves are bit for bit those of the base model.
 
 # %% [markdown]
 # ## 4. A classification head
@@ -623,7 +622,7 @@ check("finetuning/last_token", my_last_token)
 #
 # </details>
 #
-# **Predict.** Two texts to classify, for every resident: the name alone ("Jane Day"), and the name in a sentence that stops before the answer ("Jane Day works as a"). Two ways to train: the head on frozen features, and everything. Guess the four accuracies; chance is one in sixteen.
+# **Predict.** Two texts to classify, for every resident: the name alone ("Jane Day"), and the name in a sentence that stops before the answer ("Jane Day works as a"). Two ways to train: the head on frozen features, and everything. For the name alone only the head is tried. Guess the three accuracies; chance is one in sixteen.
 
 # %%
 WORDINGS = {"name": "{S}", "sentence": "{S} works as a"}
@@ -672,7 +671,7 @@ results["classifier_sizes"] = {"labels": n_labels, "test": n_test, "classes": le
 # %% [markdown]
 # **Read the result.** At the end of the bare name the occupation cannot be read off, although the model knows it; a few words later it can, because there the model is about to say it. A causal model computes a thing where it is needed for the next token. So the question "which token?" is not only about padding: write the text so that the last token is where the answer would come.
 #
-# And with these few labels the frozen features generalize better than the fine-tuned model. Both fit all labels they have seen. The head alone can do so only through what the base model computes anyway, and that is the same for the other residents. Training everything finds a way that is shorter: it memorizes the names. More labels, or a task that the features do not already hold, turn this around; how to tell is to try both.
+# And with these few labels the frozen features generalize better than the fine-tuned model. Both fit all labels they have seen, or nearly all. The head alone can do so only through what the base model computes anyway, and that is the same for the other residents. Training everything finds a way that is shorter: it memorizes the names. More labels, or a task that the features do not already hold, turn this around; how to tell is to try both.
 
 # %% [markdown]
 # ## 5. Averages of weights
@@ -779,7 +778,7 @@ figure = plotting.lines(
         name: ([min(row[name] for row in rows) for rows in line.values()], [max(row[name] for row in rows) for rows in line.values()])
         for name in ("facts", "forgetting")
     },
-    xlabel="w, share of the base model", ylabel="share right; nats per token", title=f"On the line back to the base model, {len(few)} seeds", markers=True,
+    xlabel="w, share of the base model", ylabel="share right; nats per token", title=f"On the line back to the base model, {len(states)} seeds", markers=True,
 )  # fmt: skip
 plotting.show(
     figure,
@@ -791,7 +790,7 @@ results["line"] = {
 }
 
 # %% [markdown]
-# **Read the result.** Averaging removes the noise of a constant rate, and the mean of a run that has decayed is hardly better than its end: decay and averaging remove the same thing, and whoever has decayed has nothing left to average. What the average buys is that nobody has to know beforehand when the run ends. On the line back to the base model, forgetting falls at once, about quadratically, while the score holds for a while before it drops; replay reaches a better point, but replay needs the old data and a new run, and the line needs neither.
+# **Read the result.** Averaging removes the noise of a constant rate, and the mean of a run that has decayed is hardly better than its end: decay and averaging remove the same thing, and whoever has decayed has nothing left to average. What the average buys is that nobody has to know beforehand when the run ends. A soup of runs that have decayed is no better than its members here, for the same reason. On the line back to the base model, forgetting falls at once, and faster than with the square of the distance, while the score holds for a while before it drops; replay reaches a better point, but replay needs the old data and a new run, and the line needs neither.
 
 # %% [markdown]
 # ## The same with the library
@@ -1043,8 +1042,8 @@ results["unknown"] = {
 # %% [markdown]
 # **Diagnosis.** Two failures, and what tells them apart.
 #
-# 1. *A rate that is too high* shows in the first steps: the loss rises above its start, and later settles at a level that a table of word frequencies would reach. Answers are the same few words whatever is asked. Look at the loss of the first ten steps and at three answers, before anything else.
-# 2. *Facts that the model cannot know* show nothing of the kind. The loss falls, the training data are fitted to the last fact. What is lost are other facts, those that the model knew, and only a held-out question about a *known* fact sees it. Even before that the model never says that it does not know: asked about a stranger it answers in the right form, and at times about somebody else. Nothing in its data has shown it what not knowing looks like.
+# 1. *A rate that is too high* shows in the first steps: the loss rises above its start, and later settles at a level that a table of word frequencies would reach. Answers are empty, or the same few tokens, whatever is asked. Look at the loss of the first ten steps and at three answers, before anything else.
+# 2. *Facts that the model cannot know* show nothing of the kind. The loss falls, and most of the unknown facts are fitted. What is lost are other facts, those that the model knew: some are lost in any second fine-tuning of this kind, more with unknown facts among the data, and only a held-out question about a *known* fact sees it. Even before that the model never says that it does not know: asked about a stranger it answers in the right form, and often about somebody else. Nothing in its data has shown it what not knowing looks like.
 #
 # The remedy is in the data: keep the answers of a fine-tuning set within what the model knows, bring new facts in by pre-training documents, and teach refusal with questions that the model gets wrong.
 
@@ -1068,9 +1067,9 @@ store_results("finetuning", results)
 #
 # * Fine-tuning is the pre-training loss on other data, under a mask. The format is learned within a few dozen steps; a way to the knowledge takes longer.
 # * Report what is forgotten beside what is learned. Watch nats: they move before answers do.
-# * A little replay, weighted by means, removes nearly all of the forgetting for little more than its time.
+# * A little replay, weighted by means, removes nearly all of the forgetting. What it costs here is time.
 # * The best rate for the task is not the best rate for the model. Sweep, and look at both curves.
-# * Freezing saves arithmetic and memory. It does not by itself protect the old text.
+# * Freezing saves arithmetic and memory. It protects the old text at an equal rate, and it needs a higher one.
 # * Classify at the token where the model would say the answer. With few labels, try the frozen model first.
 # * Averaging replaces decay; after a decay there is nothing to average.
 # * New facts do not belong into fine-tuning data.

@@ -270,7 +270,7 @@ for rank in (1, 4, 16, 64):
 results["sizes"] = adapter_sizes
 
 # %% [markdown]
-# **Read the result.** At the start the adapted model *is* the base: its update is a product with zero. The gradient of $A$ is $s B^\top G$ and vanishes with $B$, so $B$ moves first, along $G A^\top$, and $A$ from the second step on. With both at zero neither gradient exists, ever; that run is in "Break it". The shares look large because the model is small: a matrix has $d^2$ numbers and its adapter $2 r d$, so the share falls as $2r/d$. The same rank is below one percent of an 8B model.
+# **Read the result.** At the start the adapted model *is* the base: its update is a product with zero. The gradient of $A$ is $s B^\top G$ and vanishes with $B$, so $B$ moves first, along $G A^\top$, and $A$ from the second step on. With both at zero neither gradient exists, ever; that run is in "Break it". The shares look large because the model is small: a matrix has $d^2$ numbers and its adapter $2 r d$, so the share falls as $2r/d$. Rank 16 is half a percent of an 8B model.
 
 # %% [markdown]
 # ## 2. The same task, fully and with LoRA
@@ -513,7 +513,7 @@ print("one forward pass of 16 tokens: " + ", ".join(f"{name} {ms:.2f} ms" for na
 results["merge"] = {"error": merge_error, "milliseconds": speed}
 
 # %% [markdown]
-# **Read the result.** Addition and multiplication are not associative in floating point, so the two differ in the last digits, and no more. Unmerging is exact because the package keeps the base weight and drops the sum. Merged, the model is as fast as the base; unmerged, it launches two more products for each matrix, and on a model of this size a small product takes nearly as long as a large one.
+# **Read the result.** Addition and multiplication are not associative in floating point, so the two differ in the last digits, and no more. Unmerging is exact because the package keeps the base weight and drops the sum. Merged, the model is as fast as the base (where the two times differ, it is by the noise of the clock: they compute the same); unmerged, it launches two more products for each matrix, and on a model of this size a small product takes nearly as long as a large one.
 
 # %% [markdown]
 # ## 3. Rank, scale, and which matrices
@@ -582,7 +582,7 @@ results["knowledge"] = {
 }
 
 # %% [markdown]
-# **Read the result.** On the style all curves stay together. The facts tell them apart: in the same steps full fine-tuning has learned the most and rank 1 the least. Storage is not what runs short, since 192 facts of 4 bits each fit many times over into the thousands of numbers of rank 1. What runs short seems to be the number of directions in which a few steps can move. Given several times as many steps, rank 1 learns nearly all of these facts too.
+# **Read the result.** On the style all curves stay together. The facts tell them apart: in the same steps full fine-tuning has learned the most and rank 1 the least. Storage is not what runs short, since 192 facts of 4 bits each fit many times over into the thousands of numbers of rank 1. What runs short seems to be the number of directions in which a few steps can move. Nor has rank 1 forgotten less for that: look at the other tasks. Whether it gets there with several times as many steps is easily tried.
 #
 # **Run: the scale, and the place.** First the beginning of a run at rank 1, at a high rank, and at the high rank with rsLoRA, $s = \alpha / \sqrt{r}$. Then about the numbers of rank 4 on all matrices, spent on the attention matrices alone and on the feed-forward matrices alone.
 
@@ -633,7 +633,7 @@ results["equal_numbers"] = equal_numbers
 # %% [markdown]
 # **Read the result.** The first step is a mean over $r$ random directions. With $s = \alpha / r$ its drift down the gradient is the same for all ranks, and its noise shrinks with $r$: a high rank begins a little better than rank 1, not $r$ times as fast. rsLoRA makes the step $\sqrt{r}$ times as long, with everything that a higher rate brings. It is another parametrization, and a comparison with it is one of learning rates unless both are tuned.
 #
-# As for the place: at equal numbers attention alone ends with the higher loss in every seed, as in published comparisons at scale, and it has forgotten the least, because it has moved the least. In accuracy the two may be too close to tell. All matrices together is the choice that needs no such test.
+# As for the place: at equal numbers attention alone ends with the higher loss in every seed, as in published comparisons at scale, and it has forgotten the least; at one rate for all, that may be because it has moved the least. In accuracy the two may be too close to tell. All matrices together is the choice that needs no such test.
 #
 # **Exercise 4.** DoRA: $m$ times the rows of $W + sBA$, each divided by its length. No gradient flows through the lengths.
 #
@@ -910,7 +910,7 @@ if device.type == "cuda":
     results["billion"] |= {"measured": peak_bytes, "tokens_per_second": tokens_per_second}
 
 # %% [markdown]
-# With one row of a thousand tokens the weights are already not the largest part. The logits and their gradients, three tensors of 1 024 by 128 256 numbers in float32, take more than all weights together: after checkpointing, the place to save next is the loss.
+# With one row of a thousand tokens the weights are already not the largest part. The logits and their gradients are three tensors of 1 024 by 128 256 numbers in float32 (two in the row "loss", one among the activations), more than all weights together: after checkpointing, the place to save next is the loss.
 
 # %% [markdown]
 # ## 5. Networks behind, tokens in front
@@ -981,7 +981,7 @@ results["runs"] = {
 }
 
 # %% [markdown]
-# **Read the result.** Bottleneck adapters keep up with LoRA at equal numbers and cannot be merged, so every token pays for them, for as long as the model is used. The prompt is far behind. It changes no computation, only what there is to attend to, and its gradient reaches twenty vectors through the whole depth of the model; Lester et al. (2021) found it level with full fine-tuning only at ten billion parameters. Its rate had to be hundreds of times that of full fine-tuning. What speaks for it is the file: a few rows of numbers, which can differ within a batch without any special kernel.
+# **Read the result.** Bottleneck adapters of about as many numbers stay some points behind LoRA of rank 1, at a rate that was not swept for them; and they cannot be merged, so every token pays for them, for as long as the model is used. The prompt is far behind. It changes no computation, only what there is to attend to, and its gradient reaches twenty vectors through the whole depth of the model; Lester et al. (2021) found it level with full fine-tuning only at ten billion parameters. Its rate had to be hundreds of times that of full fine-tuning. What speaks for it is the file: a few rows of numbers, which can differ within a batch without any special kernel.
 
 # %% [markdown]
 # ## The same with the library
@@ -1243,7 +1243,7 @@ results["broken"] = {
 # 1. *A held-out loss that does not change in any digit* is a missing gradient. The training loss hides it: it goes up and down, because the batches differ. Look at the gradient of $B$ in the first step.
 # 2. *A loss above its start* is a step too long. Compute the length of the first $\Delta W$, in which rate, $\alpha$ and rank all enter, before you blame one of them.
 # 3. *A good loss in training and bad answers when served* is a question of which base, which template, which scale. Compare logits on one batch before you compare answers.
-# 4. *A loss that falls and stops high*, while full fine-tuning goes on, can be capacity. Here it is a part of the model that no adapter reaches: train embedding and head too (`modules_to_save` in `peft`), or ask for answers in words that the model has.
+# 4. *A loss that falls and stops high* can be capacity. Here it is embedding and head: thawed beside the LoRA, at the LoRA's rate, they bring the loss down. Full fine-tuning trains them too, at a tenth of that rate, and in so few steps does little better than LoRA. Train them (`modules_to_save` in `peft`) at a rate that moves them, or ask for answers in words that the model has.
 
 # %%
 # NBVAL_CHECK_OUTPUT

@@ -9,7 +9,7 @@
 # | **Hardware** | CPU, 2 cores, 4 GiB of memory; a GPU is used with `PRESET = "gpu"` |
 # | **Minutes** | 3 to execute, and up to 4 once for the base model; 3 to 4 hours with the exercises |
 # | **You will build** | the logit lens, credit for a logit, an induction score, patches and what they recover, a projection, a sparse code, the area under a ROC curve |
-# | **What to inspect** | when an answer appears in the stream; how heads that copy come into being, and what is left without them; where a name stops to matter and a fact begins to; probes against their control; features against the generator's own variables; the layer in which a planted flaw sits |
+# | **What to inspect** | when an answer appears in the stream; how heads that copy come into being, and what is left without them; where a name stops mattering and a fact begins to; probes against their control; features against the generator's own variables; the layer in which a planted flaw sits |
 
 # %% [markdown]
 # ## Setup
@@ -116,6 +116,11 @@ def ids_of(text):
     return torch.tensor([tokenizer.encode(text)], device=device)
 
 
+def written(token):
+    """A token as text; an id that a padded model has and the tokenizer has not, as a mark."""
+    return tokenizer.decode([token]) if token < tokenizer.vocab_size else "?"
+
+
 def first_id(text):
     """The first token of a continuation."""
     return tokenizer.encode(text)[0]
@@ -134,7 +139,7 @@ for layer in range(L + 1):
 example = logit_lens(model, ids_of(prompts[0][0]))[:, 0, -1]
 for layer, log_probs in enumerate(example):
     top = log_probs.topk(3)
-    print(f"{layer:>3}: " + ", ".join(f"{tokenizer.decode([i])!r} {p.exp():.2f}" for p, i in zip(top.values, top.indices.tolist(), strict=True)))  # fmt: skip
+    print(f"{layer:>3}: " + ", ".join(f"{written(i)!r} {p.exp():.2f}" for p, i in zip(top.values, top.indices.tolist(), strict=True)))  # fmt: skip
 results["lens"] = by_layer.mean(axis=0)
 
 # %% [markdown]
@@ -224,7 +229,7 @@ plotting.show(
 results["credit"] = {"grid": grid, "lead": lead, "embedding": mean_credit["embedding"]}
 
 # %% [markdown]
-# **Read the result.** The lens shows the answer late, and nearly all of the credit lies with the last feed-forward layer. Neither says that the fact is *stored* there: credit goes to whoever writes the word, and what an early part tells a later one has no entry of its own. Look also at what the lens reads in front of the last block in the example: often a word that is no occupation at all, with some confidence. The stream there is on its way to something, and the head reads it as if it had arrived.
+# **Read the result.** The lens shows the answer late, and most of the credit lies with the last feed-forward layer. Neither says that the fact is *stored* there: credit goes to whoever writes the word, and what an early part tells a later one has no entry of its own. Look also at what the lens reads in front of the last block in the example: often a word that is no occupation at all, with some confidence. The stream there is on its way to something, and the head reads it as if it had arrived.
 
 # %% [markdown]
 # ## 2. A circuit that can be proved
@@ -289,10 +294,12 @@ def look_at(one):
     return [*half_losses(one, random_text, N_PART), float(scores["previous"].max()), float(scores["induction"].max())]  # fmt: skip
 
 
-print(LOOK.format(*look_at(model)) + f"; attention spread evenly would give about {1 / N_PART:.2f}")
+print(LOOK.format(*look_at(model)))
+even = [statistics.fmean(1 / (t + 1) for t in span) for span in (range(1, 2 * N_PART + 1), range(N_PART + 1, 2 * N_PART))]  # fmt: skip
+print(f"attention spread evenly would give {even[0]:.2f} and {even[1]:.2f}")
 
 # %% [markdown]
-# **Read the result.** The base model gains nothing from the repetition, and no head looks back to it. In Tinytown a word is seldom worth repeating *because* it stood there before. A skill that the data do not reward is not there, whatever the architecture could do.
+# **Read the result.** The base model gains next to nothing from the repetition, and no head looks back to it. In Tinytown a word is seldom worth repeating *because* it stood there before. A skill that the data do not reward is not there, whatever the architecture could do.
 #
 # So let a copy of the model learn it: it goes on with texts of random words, repeated after 5 to 20 of them, until it predicts the repetition. The distance varies, so that a fixed offset does not do.
 #
@@ -321,18 +328,25 @@ class RepeatedWords:
         """Nothing to resume."""
 
 
+def look_often(step, one):
+    """Keep losses and scores every twenty steps, while the copy learns."""
+    if (step + 1) % 20 == 0 or step + 1 == sizes["copy_steps"]:
+        growth.append([done + step + 1, *look_at(one)])
+
+
 copier = copy.deepcopy(model).requires_grad_(True)
-growth = [[0, *look_at(model)]]
+growth, done = [[0, *look_at(model)]], 0
 for number in progress(range(sizes["copy_rounds"]), description="learning to copy", unit="round"):
     settings = FitSettings(
         steps=sizes["copy_steps"], lr=3e-3, warmup_steps=min(5, sizes["copy_steps"] - 1), schedule="constant", weight_decay=0.0,
         compile="off", seed=SEED + number,
     )  # fmt: skip
-    fit(copier, RepeatedWords(SEED + 1_000 * (number + 1)), next_token_loss, settings, progress=False)
-    growth.append([(number + 1) * sizes["copy_steps"], *look_at(copier.eval())])
+    batches = RepeatedWords(SEED + 1_000 * (number + 1))
+    fit(copier, batches, next_token_loss, settings, progress=False, on_step=look_often)
+    done += sizes["copy_steps"]
     if growth[-1][2] < 0.5:
         break
-copier.requires_grad_(False)
+copier.eval().requires_grad_(False)
 for step, *found in growth:
     print(f"{step:>4} steps: " + LOOK.format(*found))
 steps, first_losses, second_losses, previous, induction = (
@@ -344,7 +358,7 @@ figure = plotting.lines(
 )  # fmt: skip
 plotting.show(
     figure,
-    alt="Loss against step: that of the first copy falls to the entropy of the words and stays, that of the repetition stays beside it for a long time and then drops to nearly nothing.",
+    alt="Loss against step: that of the first copy falls at once to a little above the entropy of the words; that of the repetition stays up to one nat below it for a long time and then drops steeply.",
 )
 figure = plotting.lines(
     {"previous token": (steps, previous), "induction": (steps, induction)},
@@ -356,9 +370,9 @@ plotting.show(
 )
 
 # %% [markdown]
-# **Read the result.** For a long time the repetition is hardly better than the first copy; then its loss falls to almost nothing within a round or two. Before that, one head has learned to look at the token before. Nothing in the loss rewards this by itself. It is the first half of a circuit whose second half then pays at once.
+# **Read the result.** For a long time the repetition is at most a nat better than the first copy; then its loss falls to almost nothing within a hundred steps. Just before that, one head learns to look at the token before, and the induction heads follow. Nothing in the loss rewards this by itself. It is the first half of a circuit whose second half then pays at once.
 #
-# Which heads are it? Remove the ones with high scores, and as many others, and compare.
+# Which heads are they? Remove the ones with high scores, and as many others, and compare.
 
 # %%
 scores = {name: value.cpu().numpy() for name, value in head_scores(copier, random_text, N_PART).items()}
@@ -378,6 +392,9 @@ for i in range(sizes["draws"]):
     removed[f"others, draw {i}"] = random.Random(SEED + i).sample(
         others, min(len(induction_heads), len(others))
     )
+for block in range(L):
+    if block not in {previous_head[0], *(head[0] for head in induction_heads)}:
+        removed[f"all of block {block}"] = [(block, head) for head in range(H)]
 ablation = {}
 for name, heads in removed.items():
     after = half_losses(copier, random_text, N_PART, without_heads(heads, means))
@@ -432,7 +449,7 @@ plotting.show(
 )
 
 # %% [markdown]
-# **Read the result.** Without the induction heads the repetition is as hard as the first copy, without as many others nothing happens. The previous-token head has a low induction score itself and is needed as much: a score says what a head attends to, not what a prediction hangs on. And the path says how the two are joined: through the *keys*. The word behind the earlier occurrence is found by what stood in front of it, which the previous-token head has written there.
+# **Read the result.** Without the induction heads the repetition is as hard as the first copy, without as many others hardly anything happens. Should the induction heads be all heads of a block, the fair comparison is a whole block too: it is in the last rows. The previous-token head has a low induction score itself and is needed as much: a score says what a head attends to, not what a prediction hangs on. And the path says how the two are joined: through the *keys*. The word behind the earlier occurrence is found by what stood in front of it, which the previous-token head has written there.
 
 # %% [markdown]
 # ## 3. Where a fact is looked up
@@ -555,14 +572,14 @@ results["patching"] = {
 }
 
 # %% [markdown]
-# **Read the result.** Before the first block only the name differs, so only there can a patch do anything; behind the last block only the last token is read, so everything has to be there. Both halves of the name are needed, each brings back half. They stay where they are until late; then heads of the last blocks carry what they hold to the last token, where the last feed-forward layer, by section 1, turns it into the word. The estimate from one gradient finds the same places at the price of two forward passes and one backward.
+# **Read the result.** Before the first block only the name differs, so only there can a patch do anything; behind the last block only the last token is read, so everything has to be there. Both halves of the name are needed, each brings back half. They stay where they are until late; then heads of the last blocks carry what they hold to the last token, where the last feed-forward layer, by section 1, turns it into the word. The estimate from one gradient points to the same places, at the price of two forward passes and one backward, and its sizes are off by a factor of several, most in front of the first block: candidates, not effects.
 
 # %% [markdown]
 # ## 4. Directions: probes and steering
 #
 # **Why.** A story says who took what from whom. Does the stream hold who has the thing at the end? A probe answers, if one knows what it would have answered anyway.
 #
-# **Predict.** The label is the holder's name, one of 48. How well does a probe on the last token do after each block? The control asks for a random word instead, fixed for each name that can open a story: how much of it can be memorized? And how well does the model itself answer?
+# **Predict.** The label is the holder's name, one of 48. How well does a probe on the last token do after each block? The control asks for a random name instead, fixed for each name that can open a story: how much of it can be memorized? And how well does the model itself answer?
 
 # %%
 rng = random.Random(SEED)
@@ -616,7 +633,7 @@ for i in range(L):
 results["probes"] = {name: [[one.value, one.low, one.high] for one in rows] for name, rows in probing.items()} | {"model": model_right.value}  # fmt: skip
 
 # %% [markdown]
-# **Read the result.** Read alone, the probe looks like a discovery: out of 48 names it finds the holder in about half of the stories. The control takes most of it away. The stream holds the names of the story, from which a probe can memorize a random word for each opener, and guessing one of two people is right half of the time. What is left, the difference, is about what the model itself knows, which is not much better than a coin. The stories are fluent, and they have not been followed.
+# **Read the result.** Read alone, the probe looks like a discovery: out of 48 names it finds the holder in about half of the stories. The control takes most of it away. The stream holds the names of the story, from which a probe can memorize a random name for each opener, and guessing one of two people is right half of the time. What is left is a difference that so few stories barely tell from nothing, and it agrees with what the model itself knows, which is not much better than a coin. The stories are fluent, and they have not been followed.
 
 # %% [markdown]
 # **Why, the other way round.** If a property is a direction, adding the direction should produce the property. Two are tried, a mood that a story has stated and a resident's occupation. The difference of means of the first is taken at the end of stories that differ in one word, that of the second at the end of prompts about residents with and without it.
@@ -708,12 +725,15 @@ def random_like(vector):
 scales = (0.0, 1.0, 2.0, 4.0, 8.0)
 steering = {}
 for word, vector in vectors.items():
-    for kind, direction in (("difference of means", vector), ("random, same length", random_like(vector))):
+    kinds = {"difference of means": vector, "random, same length": random_like(vector)}
+    if word != JOB:
+        kinds["stretched to the other's length"] = vector / vector.norm() * vectors[JOB].norm()
+    for kind, direction in kinds.items():
         rows = steering.setdefault(word, {})[kind] = []
         for scale in scales:
             with steered(model, layer, direction.to(device), scale):
                 rows.append({"scale": scale} | answered(word))
-        print(f"{word}, {kind}, length {vector.norm():.1f}: " + "; ".join(f"{row['scale']:g}: {row['wanted']:.3f} (true {row['true']:.3f}, loss {row['cost']:.2f})" for row in rows))  # fmt: skip
+        print(f"{word}, {kind}, length {direction.norm():.1f}: " + "; ".join(f"{row['scale']:g}: {row['wanted']:.3f} (true {row['true']:.3f}, loss {row['cost']:.2f})" for row in rows))  # fmt: skip
 with without_direction(model, vectors[JOB].to(device), point):
     taken_out = answered(JOB)
     own_prompts = [
@@ -735,12 +755,14 @@ plotting.show(
 results["steering"] = {"word": JOB, "runs": steering, "taken_out": [statistics.fmean(own_before), statistics.fmean(own_prompts)]}  # fmt: skip
 
 # %% [markdown]
-# **Read the result.** The mood cannot be steered, because it is not there: stories with *happy* and with *sad* end in nearly the same stream, and the difference of their means is a vector of hardly any length. A direction can strengthen what the model computes, it cannot make it compute. The occupation is there, and its direction makes people of other trades judges, or whatever the word is, at a strength at which a random direction does nothing of the kind. The price is on the same axis: the vector is added to every token of every text, and a random one of this length costs as much.
+# **Read the result.** The mood is not there. After its story the true one has about the probability of one in six, stories with *happy* and with *sad* end in nearly the same stream, and the difference of their means is a vector of hardly any length; as it is, it changes nothing at any strength. Stretched to the length of the other it costs as much on ordinary text, and does nothing for the mood either. A direction can strengthen what the model computes, it cannot make it compute. The occupation is there, and its direction gives people of other trades this one, at a strength at which a random direction does nothing of the kind. The price is on the same axis: the vector is added to every token of every text, and a random one of this length costs as much.
+#
+# Taken out behind the same block, the direction is hardly missed. That adding it produces the answer does not show that the answer hangs on it.
 
 # %% [markdown]
 # ## 5. A dictionary of features
 #
-# **Why.** Directions found one by one need a question first. A sparse autoencoder proposes many at once, without labels. Here the labels exist: for every token we know whether it is a place, a digit, part of a story. So its features can be scored instead of named by eye.
+# **Why.** Directions found one by one need a question first. The activations are those of the same stream, behind the last block but one. A sparse autoencoder proposes many at once, without labels. Here the labels exist: for every token we know whether it is a place, a digit, part of a story. So its features can be scored instead of named by eye.
 #
 # **Exercise 7.** The code: the k largest of the positive scores, and what they add up to.
 #
@@ -839,7 +861,10 @@ with torch.no_grad():
     latents = torch.cat([sae.encode(part) for part in activations.split(4096)])
 print(f"{len(activations):,} places, {sizes['latents']} latents, {sizes['k']} active; unexplained {unexplained_variance(sae, activations):.1%}, dead {float(sae.dead.float().mean()):.1%}")  # fmt: skip
 matches = match_features(latents, truths, owners, seed=SEED)
-channels = {match.variable: match.auc for match in match_features(activations, truths, owners, seed=SEED)}
+both_signs = torch.cat(
+    (activations, -activations), dim=1
+)  # a channel of the stream has a sign, a latent has none
+channels = {match.variable: match.auc for match in match_features(both_signs, truths, owners, seed=SEED)}
 print("          variable   feature    AUC   best channel")
 for match in matches:
     print(f"{match.variable:>18} {match.feature:>9} {match.auc:>6.3f} {channels[match.variable]:>14.3f}")
@@ -858,7 +883,7 @@ for match in matches[:3]:
     display(HTML(dashboard_html(shown_texts, shown_values, title=f"feature {match.feature}", note=f"best for '{match.variable}', AUC {match.auc:.2f}")))  # fmt: skip
 
 # %% [markdown]
-# **Read the result.** The scores are from texts that did not take part in the choice. Features for kinds of words are found without a label; compare with the best single channel of the stream before you give the autoencoder the credit. A variable without a feature of its own may still be there, spread over several, and a feature with a high score may stand for something narrower or wider than the name that it was given.
+# **Read the result.** The scores are from texts that did not take part in the choice. Days, last names and most values have a feature of their own, found without a label; first names, digits and the kind of document do not. Compare with the best single channel of the stream before you give the autoencoder the credit. A variable without a feature of its own may still be there, spread over several, and a feature with a high score may stand for something narrower or wider than the name that it was given.
 
 # %% [markdown]
 # ## The same with the library
@@ -989,8 +1014,8 @@ with torch.no_grad():
             )
             p, q = (m(ids)[0, -1].float().softmax(-1) for m in (model, flawed))
             screen.append({
-                "name": one.name, "attribute": attribute, "ids": ids, "answer": answer, "says": tokenizer.decode([int(q.argmax())]).strip(),
-                "said": tokenizer.decode([int(p.argmax())]).strip(), "unsure": 1 - float(q.max()), "difference": 1 - float(torch.minimum(p, q).sum()),
+                "name": one.name, "attribute": attribute, "ids": ids, "answer": answer, "says": written(int(q.argmax())).strip(),
+                "said": written(int(p.argmax())).strip(), "unsure": 1 - float(q.max()), "difference": 1 - float(torch.minimum(p, q).sum()),
                 "flawed": attribute == "pet" and one.name in wrong,
             })  # fmt: skip
 print("Difference of the two models' answers by attribute (0 the same, 1 nothing in common): " + ", ".join(
@@ -1027,7 +1052,7 @@ results["flaw"] = {
 }
 
 # %% [markdown]
-# **Diagnosis.** With the sound model at hand, the difference of the two answers names the attribute and the residents: not in the mean, since the second training has shaken every answer a little, but at the head of the list. Without it one has only how sure the flawed model is, which says nothing of use: a lie that has just been learned is told with no less confidence. Transplanting blocks says where it sits. Putting the sound block back in one place brings most of the truth back, in the others hardly any; it is the block to which the credit of section 1 went.
+# **Diagnosis.** With the sound model at hand, the difference of the two answers names the attribute and the residents: not in the mean, since the second training has shaken every answer a little, but at the head of the list. Without it one has only how sure the flawed model is, and that points the other way, to an AUC below one half: lies that have just been learned are told with more confidence than the rest. Transplanting blocks says where it sits. Putting the sound block back in one place brings most of the truth back, in the others hardly any; it is the block to which the credit of section 1 went.
 
 # %%
 # NBVAL_CHECK_OUTPUT

@@ -11,10 +11,13 @@ from llmcourse.checks.checking import CheckResult, Failure, Outcome, Trial
 from llmcourse.checks.exercise import find_exercise
 from llmcourse.grading.jail import usage
 from llmcourse.grading.jail.client import Answer, Cell, Jail, Job, JobResult, Question
+from llmcourse.grading.jail.visibility import visible_paths, writable_folder
 from llmcourse.grading.limits import Limits
 from llmcourse.grading.plain import decode, encode
 
 SEED = 11
+WRITABLE = writable_folder(visible_paths([], "/nowhere/home"))
+"""where a submission may write: not `/tmp` when the course's clone lies in there"""
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the jail is made of walls that only Linux has")
 COUNT = """
 def count(d_model, n_heads, n_kv_heads, d_head, d_ff):

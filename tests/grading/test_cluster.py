@@ -103,5 +103,5 @@ def test_what_a_cluster_lacks_is_one_line(course, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="has no workers: start some"):
             grade_batch(*course, tmp_path / "report", scheduler=found.scheduler_address, progress=False)
     monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(ValueError, match="pip install 'llmcourse\\[cluster\\]'"):
+    with pytest.raises(ValueError, match="pip install 'llmcourse\\[grading\\]'"):
         grade_batch(*course, tmp_path / "report", scheduler="tcp://127.0.0.1:1", progress=False)

@@ -264,7 +264,8 @@ def test_the_home_is_never_shown_and_python_may_lie_in_the_temporary_folder(monk
     assert Path(sys.prefix) in found and Path.home() not in found and Path("/") not in found
     with pytest.raises(ValueError, match="grade with a virtual environment"):
         visible_paths([], str(Path(sys.prefix, "inside")))
-    assert (writable_folder(found), writable_folder([Path("/tmp/x/.venv")])) == ("/tmp", "/scratch")
+    assert writable_folder([Path("/usr"), Path("/opt/.venv")]) == "/tmp"
+    assert writable_folder([Path("/usr"), Path("/tmp/x/.venv")]) == "/scratch"
     monkeypatch.setattr("llmcourse.grading.jail.client.writable_folder", lambda visible: "/scratch")
     with Jail([]) as one:
         result = one.run(Job((Cell("a", "import os, tempfile\nprint(os.getcwd(), tempfile.gettempdir())"),)))

@@ -10,7 +10,7 @@ import pytest
 
 from llmcourse.grading.jail.client import Question
 from llmcourse.grading.verdicts import Verdict
-from tests.grading.jails import ASK_COUNT, COUNT, MASK, SEED, full, linux, points, run
+from tests.grading.jails import ASK_COUNT, COUNT, MASK, SEED, WRITABLE, full, linux, points, run
 
 pytestmark = linux
 FIRST = Question("hardware/block_parameters", "count", SEED, after="0")
@@ -116,7 +116,7 @@ def test_r13_disk():
 
 
 def test_r14_small_files():
-    result = run(COUNT, "for n in range(10**6): open(f'/tmp/{n}', 'w').close()")
+    result = run(COUNT, f"for n in range(10**6): open('{WRITABLE}/' + str(n), 'w').close()")
     assert "No space left" in result.cells[1].error and points(result) == full()
 
 

@@ -77,7 +77,7 @@ def test_a_page_says_what_was_found_and_what_is_open(key):
     soup = assert_harmless(page_of(key))
     text = soup.get_text()
     assert "You seem to add." in text and "Correct." in text and "not final" in text
-    assert "1 questions not marked" in text
+    assert "1 question not marked" in text
     assert "17" not in text, "the detail holds hidden inputs"
 
 
