@@ -152,9 +152,14 @@ def writes_steps(text):
     return bool(rewards.steps(text))
 
 
+def opening_of(one):
+    """The first words of the long form: the sum and a colon."""
+    return re.split(r" =|:", one.answer)[0] + ":"
+
+
 def begun(policy, requests):
-    """Answers whose first words are written for the model: the sum and the colon of the long form."""
-    openings = [re.split(r" =|:", one.answer)[0] + ":" for one in requests]
+    """Answers whose first words are written for the model."""
+    openings = [opening_of(one) for one in requests]
     prompts = [
         chat.prompt(one.messages) + tokenizer.encode(o) for one, o in zip(requests, openings, strict=True)
     ]
@@ -187,26 +192,35 @@ results["start"] = {
 print(f"\n{first['asked plainly'][0]}   but begun:   {first['asked plainly, begun'][0]}")
 
 # %% [markdown]
-# **Read the result.** Asked plainly, the model guesses: one forward pass does not carry a two-digit sum in a model of this size. With steps it is nearly always right, because each step is a sum of digits, which the corpus shows in every document of sums. And when the answer to a *plain* question is begun with the colon of the long form, it is right as well. Nothing about the question makes it hard; the model lacks the habit and not the ability. "Let's think step by step" is the same intervention for a model that was trained on the web.
+# **Read the result.** Asked plainly, the model guesses: one forward pass does not carry a two-digit sum in a model of this size. Where it writes steps it is mostly right, because each step is a sum of digits, which the corpus shows in every document of sums. Whether it writes them when it is asked to is another thing: assistants of the same recipe, trained on another kind of processor, differ in that, from never to always. But when the answer to a *plain* question is begun with the colon of the long form, the steps come, and they are right. Nothing about the question makes it hard; the model lacks the habit and not the ability. "Let's think step by step" is the same intervention for a model that was trained on the web.
 #
 # **Budget forcing.** How much of the chain is needed? Stop it after a number of tokens, write ", " for the model, as before the result, and let it answer. For comparison, the same responses simply cut.
 
 
 # %%
 def forced(policy, some, budget):
-    """Greedy responses with a budget of thinking tokens, closed by a comma."""
-    prompts = [chat.prompt(one.messages) for one in some]
+    """Greedy responses, begun for the model, with a budget of thinking tokens, closed by a comma."""
+    prompts = [chat.prompt(one.messages) + tokenizer.encode(opening_of(one)) for one in some]
     params = SamplingParams(temperature=0.0, max_new_tokens=8)
     samples = budget_forced(policy, tokenizer, prompts, params, budget=budget, closing=tokenizer.encode(", "), stop_ids=chat.stop_ids)  # fmt: skip
-    return [sample.text for sample in samples]
+    return [opening_of(one) + sample.text for one, sample in zip(some, samples, strict=True)]
 
 
-with_steps = requests["asked for steps"]
+def cut_off(one, text, budget):
+    """A response that was begun for the model, after so many tokens of its own."""
+    opening = opening_of(one)
+    return opening + tokenizer.decode(tokenizer.encode(text.removeprefix(opening))[:budget])
+
+
+with_steps = requests["asked plainly"]
 budgets = list(sizes["budgets"])
 curve = {"closed and answered": [], "cut": []}
 for budget in budgets:
     closed = forced(start, with_steps, budget)
-    cut = [tokenizer.decode(tokenizer.encode(text)[:budget]) for text in first["asked for steps"]]
+    cut = [
+        cut_off(one, text, budget)
+        for one, text in zip(with_steps, first["asked plainly, begun"], strict=True)
+    ]
     for name, texts in zip(curve, (closed, cut), strict=True):
         right = [one.is_right(text) for one, text in zip(with_steps, texts, strict=True)]
         curve[name].append(float(np.mean(right)))
@@ -215,7 +229,7 @@ for budget in budgets:
 results["budget"] = {"tokens": budgets} | curve
 figure = plotting.lines(
     {name: (budgets, values) for name, values in curve.items()},
-    xlabel="budget of thinking tokens", ylabel="share right", title="Budget forcing, sums asked for with steps",
+    xlabel="budget of thinking tokens", ylabel="share right", title="Budget forcing, answers begun with a colon",
     markers=True, horizontal={"answered without steps": results["start"]["asked plainly"]["right"]},
 )  # fmt: skip
 plotting.show(
@@ -363,7 +377,7 @@ for name, some in problems.items():
 results["cross"] = cross
 
 # %% [markdown]
-# **Read the result.** Where one sample is right more often than any single wrong answer, votes converge to the truth and do so quickly: questions that ask for steps are solved by a handful of samples. On plain questions guesses scatter around the truth, the mode is hardly better than a guess, and more votes give slowly growing agreement. The perfect chooser climbs to most problems there, because among many samples of a plain question one is right: by a lucky guess, or because it *happened* to write steps, which nobody taught the model to do here. A response with steps is right about as often whatever was asked. The count of true equations finds such responses without knowing the answer. It is an imperfect verifier, below the vote where most responses have steps, and useful as long as it chooses among responses that were written for another purpose. Remember it; it comes back in *Break it*.
+# **Read the result.** Where the right answer is more frequent than any single wrong one, votes converge to it. How soon, and whether at all, the last table explains. Responses with steps are mostly right, whatever was asked, so they agree. Responses without steps are mostly wrong and scatter. Where few have steps, the mode is hardly better than a guess, and more votes give slowly growing agreement; where a good part of them has, the right answer wins although most single samples are wrong, since the wrong ones do not agree among themselves. The perfect chooser climbs to most problems on plain questions too, because among many samples one is right: by a lucky guess, or because it *happened* to write steps, which nobody taught the model to do there. The count of true equations finds such responses without knowing the answer. It is an imperfect verifier, and useful as long as it chooses among responses that were written for another purpose. Remember it; it comes back in *Break it*.
 
 # %% [markdown]
 # ## 3. From rewards to a gradient
@@ -890,14 +904,13 @@ if own:
     )
     claim(
         "vote",
-        worked["majority vote"][-1] > worked["majority vote"][0]
-        and plain["perfect chooser"][-1] - plain["majority vote"][-1] >= 0.15,
-        "a vote gains where steps are asked for, and stays at least 15 points below pass@k on plain questions",
+        worked["majority vote"][-1] > worked["majority vote"][0] + 0.1,
+        "where steps are asked for, a vote gains more than 10 points over a single sample",
     )
     claim(
         "verifier",
-        plain["true equations"][-1] - plain["majority vote"][-1] >= 0.1,
-        "on plain questions choosing by true equations is at least 10 points above the vote",
+        plain["true equations"][-1] - plain["true equations"][0] >= 0.3,
+        "on plain questions choosing by true equations gains at least 30 points over a single sample",
     )
     noise = results["noise"]
     claim(
