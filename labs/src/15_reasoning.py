@@ -418,7 +418,7 @@ check("reasoning/group_advantages", my_group_advantages)
 #
 # **Run: what the baseline buys.** A baseline that does not depend on the response leaves the mean gradient alone, so compare noise. Some independent rounds of rollouts at the same weights, and the gradients of each with several advantages. The mean product of two different rounds estimates the squared length of the mean gradient; what a round's own square has on top of that is noise. The group's mean contains the response itself, so its advantages are multiplied by $N/(N-1)$ to have the same mean gradient as the others.
 #
-# **Predict.** Half of the prompts ask for steps and are solved most of the time, half do not and are hardly ever solved. Order by noise: the reward as it is (1 or 0), the same reward plus 1 (2 or 1), minus the mean of the whole batch, minus the mean of the group.
+# **Predict.** Some prompts of the batch are solved much more often than others, above all when their responses happen to have steps. Order by noise: the reward as it is (1 or 0), the same reward plus 1 (2 or 1), minus the mean of the whole batch, minus the mean of the group.
 
 
 # %%
@@ -673,7 +673,7 @@ draw_runs(
     {label: [seen[name] for _, _, seen in runs] for name, label in NAMES.items()}, runs[0][2]["round"],
     "share of held-out sums", "GRPO with a reward for the right number",
     "Shares of held-out sums against rounds of rollouts: plain questions answered with steps and plain questions right rise together "
-    "from near zero to near one within the run; questions that ask for steps stay near one.",
+    "from near zero to near one within the run; questions that ask for steps end near one too, wherever they began.",
 )  # fmt: skip
 draw_runs(
     {"mean length": results["grpo"]["length"]}, list(range(1, sizes["steps"] + 1)), "tokens a response",
@@ -710,7 +710,7 @@ results["family"] = family
 del vectors
 
 # %% [markdown]
-# **Read the result.** With a clip per token the objectives lose few tokens after two updates, and what distinguishes their gradients is mainly the length: Dr. GRPO divides by a constant that is longer than the responses and does not scale advantages up, and AdamW forgives a constant factor. The KL term turns the direction noticeably, although its weight is small and the policy has hardly left: $k_3$ is large where a token that the reference likes has lost most of its probability, which is where this training begins. GSPO's range is three orders of magnitude narrower than the others', and what it clips are whole responses that have already moved the right way. What remains are those that have not, so on reused data its gradient is another one, not a smaller one. A single batch says what an objective *does*. Which is best is a question for several seeds, and for a learning rate tuned for each.
+# **Read the result.** With a clip per token the objectives lose few tokens after two updates, and what distinguishes their gradients is mainly the length: Dr. GRPO divides by a constant that is longer than the responses and does not scale advantages up, and AdamW forgives a constant factor. The KL term may turn the direction or not, although its weight is small and the policy has hardly left: $k_3$ is large where a token that the reference likes has lost most of its probability, so it depends on whether the first updates did that. GSPO's range is three orders of magnitude narrower than the others', and what it clips are whole responses that have already moved the right way. What remains are those that have not, so on reused data its gradient is another one, not a smaller one. A single batch says what an objective *does*. Which is best is a question for several seeds, and for a learning rate tuned for each.
 
 # %% [markdown]
 # ## 5. Added or sharpened, and at what cost
@@ -782,7 +782,7 @@ for name, values in estimates.items():
 del p, q, exact, estimates
 
 # %% [markdown]
-# **Read the result.** On plain questions the trained policy does at the first attempt what took the assistant many: pass@1 rises by far more than pass@k at the right end of the figure. What was rare became the rule, in the words of the debate it was *sharpened*; the ability was there, as section 1 showed by one forced token. Samples became alike, which is why a vote has little left to gain. The divergence sits in few tokens, above all in the one after the sum, where `=` or `:` decides what comes next; all others are nearly untouched. So are the other tasks: their differences are within what so few requests can tell, at this length of training. $k_1$ and $k_3$ are close to the exact mean, and $k_1$ is negative at many tokens. $k_2$ does not agree where the policies are far apart: as a value it is biased, as a loss it has the right gradient.
+# **Read the result.** On plain questions the trained policy does at the first attempt what took the assistant many: pass@1 rises by far more than pass@k at the right end of the figure. What was rare became the rule, in the words of the debate it was *sharpened*; the ability was there, as section 1 showed by one forced token. Samples became alike, which is why a vote has little left to gain. The divergence sits in few tokens, above all in the one after the sum, where `=` or `:` decides what comes next; all others are nearly untouched. So are the other tasks: their differences are within what so few requests can tell, at this length of training. $k_1$ and $k_3$ scatter about the exact mean, and $k_1$ is negative at many tokens. $k_2$ does not agree where the policies are far apart: as a value it is biased, as a loss it has the right gradient.
 
 # %% [markdown]
 # ## The same with the library
