@@ -18,6 +18,7 @@ HTML = ROOT / "_build/html"
 PAGES = toc_pages(ROOT)
 LABS = [page for page in PAGES if page.startswith("labs/")]
 CHAPTERS = [PAGES[PAGES.index(lab) - 1] for lab in LABS]
+APPENDICES = [page for page in PAGES if page.startswith("book/appendix/")]
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
 
 pytestmark = pytest.mark.book
@@ -182,7 +183,7 @@ def test_bibliography_lists_what_is_cited():
     entries = page("book/bibliography").select("div.citation")
     cited = {
         a["href"].split("#")[1]
-        for name in CHAPTERS
+        for name in (*CHAPTERS, *APPENDICES)
         for a in page(name).select('a[href*="bibliography.html#"]')
     }
     assert len(entries) >= 10 and len(entries) == len(cited)
