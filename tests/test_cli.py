@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from llmcourse.tokenization.tokenizer import Tokenizer
 from llmcourse.training import pretraining
 from llmcourse.training.fit import FitSettings
 from llmcourse.training.pretraining import PretrainSettings
+from tests.commands import Output, runner
 
 TINY = (
     "--context-length 64 --d-model 16 --n-layers 1 --n-heads 2 --n-kv-heads 1 --d-ff 24 --batch-size 2 "
@@ -30,29 +30,11 @@ TINY = (
 ).split()
 
 
-class Output(NamedTuple):
-    """What a command came to."""
-
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
 def command(capsys, monkeypatch, tmp_path_factory):
     """Run `llmcourse ARGUMENTS` in this process, as the program does, with a cache of its own."""
     monkeypatch.setenv("LLMCOURSE_HOME", str(tmp_path_factory.getbasetemp() / "cli-home"))
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: object) -> Output:
-        monkeypatch.setattr(sys, "argv", ["llmcourse", *map(str, arguments)])
-        monkeypatch.setattr(cli.app, "registered_commands", list(cli.app.registered_commands))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return Output(ended.value.code or 0, *capsys.readouterr())
-
-    return run
+    return runner(capsys, monkeypatch)
 
 
 def assert_refused(output: Output, *words: str) -> None:

@@ -113,7 +113,7 @@ def check(exercise: Exercise | str, answer: Any, *, seed: int | None = None) -> 
 
 def judge(exercise: Exercise, answer: Any, *, seed: int = 0, quiet: bool = True) -> CheckResult:
     """`check` without printing its line; `quiet` also swallows what the answer prints."""
-    with _one_thread():
+    with one_thread():
         return Trial(exercise, seed).judge(answer, quiet=quiet)
 
 
@@ -131,7 +131,7 @@ def run_cases(exercise: Exercise, answer: Any, seed: int, quiet: bool = True) ->
     Returns:
         One outcome a case, in order; fewer when the answer is unwritten, since it is not called again then.
     """
-    with _one_thread():
+    with one_thread():
         return _run_cases(exercise, answer, list(exercise.cases(seed)), seed, quiet)
 
 
@@ -233,7 +233,7 @@ def verify(exercise: Exercise, seeds: tuple[int, ...] = (0, 1, 2)) -> list[str]:
     For each seed the reference must get full points, the unwritten stub none, and every mutant must be rejected with
     its own diagnosis.
     """
-    with _one_thread():
+    with one_thread():
         return [problem for seed in seeds for problem in _verify(exercise, seed)]
 
 
@@ -342,7 +342,7 @@ def _same_randomness(seed: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """On tensors this small, threads cost more than they give: a hundred times more on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

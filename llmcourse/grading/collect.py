@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from llmcourse.grading.incoming import Incoming, Refused, opened, printable
 from llmcourse.grading.layouts import Handed, find_layout
 from llmcourse.grading.manifest import Key
 from llmcourse.grading.notebook_file import MAX_BYTES, Malformed, read_notebook
-from llmcourse.labs.results import write_atomically
+from llmcourse.labs.results import write_atomically, write_bytes_atomically
 
 VERSION = 1
 RECORD = "submissions.json"
@@ -209,7 +208,7 @@ def _take(handed: Handed, submissions: Path, assignment: str, grade_ids: set[str
             if file is not chosen[1]:
                 student.ignored.append(Refused(printable(file.path), f"{printable(chosen[1].path)} counts"))
         student.notebook = printable(chosen[1].path)
-        _write(folder / f"{assignment}.ipynb", chosen[2])
+        write_bytes_atomically(folder / f"{assignment}.ipynb", chosen[2])
     else:
         reasons = [f"{one.path}: {one.reason}" for one in student.ignored]
         nothing = "no notebook is among the files that were handed in" if handed.files else ""
@@ -255,7 +254,7 @@ def _support(handed: Handed, student: Student, folder: Path) -> None:
                 if len(data) > room:
                     raise ValueError(f"all files together have more than {MAX_SUPPORT_BYTES / 1e6:g} MB")
                 room -= len(data)
-                _write(folder / name, data)
+                write_bytes_atomically(folder / name, data)
                 student.kept.append(name)
             except ValueError as error:
                 reason = str(error)
@@ -270,18 +269,3 @@ def folder_name(student: str) -> str:
     if plain == student and not reserved and not plain.endswith("."):
         return plain
     return f"{plain.rstrip('.')}-{hashlib.sha256(student.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all; what stands there, a link too, is replaced and never written through."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib
 import inspect
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,19 +107,6 @@ def watched_functions(exercise: Exercise, solution: Any, seed: int = 0) -> tuple
     reference = _called(lambda: run_cases(exercise, exercise.reference, seed))
     own = _called(lambda: run_cases(exercise, solution, seed))
     return tuple(sorted(name for code, name in reference.items() if code not in own and _tells(name, code)))
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch on one thread: on the small tensors of the checks, more cost more than they give."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _called(action: Callable[[], Any]) -> dict[types.CodeType, str]:

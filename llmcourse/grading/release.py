@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmcourse.checks.checking import one_thread
 from llmcourse.checks.exercise import Exercise, exercises
 from llmcourse.grading.dependencies import ANSWER, LAB, Plan, Source, Wanted, plan
 from llmcourse.grading.handout import (
@@ -37,7 +38,7 @@ from llmcourse.grading.manifest import (
     derive,
     source_digest,
 )
-from llmcourse.grading.references import choose_seeds, one_thread, run_solutions, watched_functions
+from llmcourse.grading.references import choose_seeds, run_solutions, watched_functions
 from llmcourse.grading.statements import split
 from llmcourse.labs.repository import Lab, require_repository, select_labs
 from llmcourse.labs.results import write_atomically

@@ -68,11 +68,17 @@ def load_benchmarks(repository: Path | None = None) -> list[dict[str, Any]]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old text or the new, never a part."""
+    write_bytes_atomically(path, text.encode())
+
+
+def write_bytes_atomically(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all; what stands there, a link too, is replaced and never written through."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "xb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

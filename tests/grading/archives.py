@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import stat
 import zipfile
 from pathlib import Path
+
+import pytest
 
 from llmcourse.grading.collect import Student
 
@@ -37,3 +40,15 @@ def reasons(student: Student) -> dict[str, str]:
 def everything(root: Path) -> set[str]:
     """All files below a folder."""
     return {path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir()}
+
+
+@pytest.fixture(name="folder")
+def incoming_folder(tmp_path: Path) -> Path:
+    """An empty folder for what a platform gives out."""
+    (tmp_path / "in").mkdir()
+    return tmp_path / "in"
+
+
+def record(submissions: Path) -> dict:
+    """What collecting noted about everybody."""
+    return json.loads((submissions / "submissions.json").read_text(encoding="utf-8"))

@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import pytest
 
 from llmcourse.grading.collect import collect, folder_name
 from llmcourse.grading.manifest import Key
-from tests.grading.archives import everything, reasons, write, zipped
+from tests.grading.archives import everything, incoming_folder, reasons, record, write, zipped
 
 NAME = "07_hardware"
+
+
+folder = incoming_folder
 
 
 @pytest.fixture
 def notebook(tiny_release) -> bytes:
     return tiny_release.solved_bytes()
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    (tmp_path / "in").mkdir()
-    return tmp_path / "in"
-
-
-def record(submissions: Path) -> dict:
-    return json.loads((submissions / "submissions.json").read_text(encoding="utf-8"))
 
 
 def test_canvas(tmp_path, notebook):

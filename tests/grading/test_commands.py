@@ -6,39 +6,20 @@ import json
 import subprocess
 import sys
 import time
-from typing import NamedTuple
 
 import pytest
 
-from llmcourse import cli
 from llmcourse.grading.grades import Summary
+from tests.commands import Output, runner
 from tests.grading.hand_ins import write_hand_ins, write_key
 
 COMMANDS = ("release", "collect", "grade", "report", "mark")
 
 
-class Output(NamedTuple):
-    """What a command came to."""
-
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
 def command(capsys, monkeypatch):
     """Run `llmcourse ARGUMENTS` in this process, as the program does."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: object) -> Output:
-        monkeypatch.setattr(sys, "argv", ["llmcourse", *map(str, arguments)])
-        monkeypatch.setattr(cli.app, "registered_commands", list(cli.app.registered_commands))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return Output(ended.value.code or 0, *capsys.readouterr())
-
-    return run
+    return runner(capsys, monkeypatch)
 
 
 def assert_refused(output: Output, *words: str) -> None:

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 import struct
 import zipfile
-from pathlib import Path
 
 import pytest
 
 from llmcourse.grading import collect as collecting
 from llmcourse.grading import incoming
 from llmcourse.grading.collect import collect
-from tests.grading.archives import everything, reasons, write, zipped
+from tests.grading.archives import everything, incoming_folder, reasons, record, write, zipped
+
+folder = incoming_folder
 
 
 @pytest.fixture
 def notebook(tiny_release) -> bytes:
     return tiny_release.solved_bytes()
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    (tmp_path / "in").mkdir()
-    return tmp_path / "in"
-
-
-def record(submissions: Path) -> dict:
-    return json.loads((submissions / "submissions.json").read_text(encoding="utf-8"))
 
 
 # M10: made to do harm.

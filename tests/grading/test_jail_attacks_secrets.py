@@ -74,7 +74,8 @@ def test_c5_c8_environment_home_and_system_files(monkeypatch):
     monkeypatch.setenv("LLMCOURSE_HOME", "MARKER")
     source = (
         "import os\nprint('MARKER' in repr(os.environ), os.path.expanduser('~'))\n"
-        "for name in ('/etc/passwd', '/etc/shadow', '/etc/hostname', '/root/.ssh', '/home', '/var', '/run', '/sys'):\n"
+        "for name in ('/etc/passwd', '/etc/shadow', '/etc/hostname', '/home', '/var', '/run', '/sys', "
+        f"{str(Path.home() / '.ssh')!r}):\n"
         "    print(os.path.exists(name))"
     )
     with Jail(["llmcourse.checks.hardware"]) as one:
