@@ -344,7 +344,7 @@ def _locked(report: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise ValueError(
-            f"another grader is at work in {report}: wait until it is done, or give another --report folder"
+            f"another grader is at work in {report}: wait until it is done, or give another --out folder"
         ) from None
     try:
         yield

@@ -22,8 +22,8 @@ KeyFolder = Annotated[Path, typer.Option(help="the instructor's key folder, as r
 Trust = Annotated[
     bool, typer.Option("--i-trust-these-notebooks", help="run notebooks even where no jail can be built")
 ]
-Submissions = Annotated[Path, typer.Option(help="folder of submissions, as collect wrote it")]
-ReportFolder = Annotated[Path, typer.Option(help="folder of the results")]
+Submissions = Annotated[Path, typer.Argument(help="folder of submissions, as collect wrote it")]
+ReportFolder = Annotated[Path, typer.Option("--out", "--report", help="folder of the results")]
 Assignment = Annotated[str | None, typer.Option(help="which one, where the key has several: 11_peft")]
 Bar = Annotated[bool, typer.Option(help="show a progress bar")]
 

@@ -31,6 +31,8 @@ from llmcourse.grading.verdicts import Finding, Verdict
 FILES = "files"
 """the exercise under which a grade lists the points of submitted files"""
 MAX_REPLY = 1 << 20
+START_SECONDS = 120.0
+"""for the process to load torch on a busy machine; the limit of the submission counts from there"""
 MARK = "\n--- file score ---\n"
 
 
@@ -123,6 +125,7 @@ def evaluate_files(folder: Path | None, evaluation: Evaluation, seed: int, limit
         "evaluator": evaluation.evaluator,
         "seed": seed,
         "memory_mb": limits.memory_mb,
+        "seconds": limits.wall_seconds,
     }
     call = [sys.executable, "-P", "-m", "llmcourse.grading.file_evaluation"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -135,14 +138,22 @@ def evaluate_files(folder: Path | None, evaluation: Evaluation, seed: int, limit
         start_new_session=True,
     )
     try:
-        out, _ = process.communicate(json.dumps(request).encode(), timeout=limits.wall_seconds)
+        out, _ = process.communicate(
+            json.dumps(request).encode(), timeout=START_SECONDS + limits.wall_seconds
+        )
     except subprocess.TimeoutExpired:
-        return _ended(Verdict.TIMEOUT, "The evaluation of your files took too long.", max_points)
+        return _too_long(max_points)
     finally:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+    if process.returncode == -signal.SIGALRM:
+        return _too_long(max_points)
     return _reply(out, process.returncode, max_points)
+
+
+def _too_long(max_points: float) -> Evaluated:
+    return _ended(Verdict.TIMEOUT, "The evaluation of your files took too long.", max_points)
 
 
 def _reply(out: bytes, code: int, max_points: float) -> Evaluated:
@@ -192,6 +203,7 @@ def main() -> None:
     torch.set_num_threads(1)
     evaluator = find_evaluator(request["evaluator"])
     _limit_memory(request["memory_mb"])
+    signal.setitimer(signal.ITIMER_REAL, request["seconds"])  # nothing catches it: the process ends
     findings: tuple[Finding, ...] = ()
     try:
         artifacts = read_artifacts(Path(request["folder"]))

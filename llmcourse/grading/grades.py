@@ -68,11 +68,16 @@ class Grade:
         return replace(self, findings=self.findings + more)
 
     def with_item(self, item: Item, ended: Verdict, findings: tuple[Finding, ...]) -> Grade:
-        """The grade with an item that was graded by other means; it needs a look where that ended early."""
-        undone = ended != Verdict.GRADED and self.verdict == Verdict.GRADED
+        """The grade with an item that was graded by other means.
+
+        Where that ended at a limit the grade is partial; where it needs a person, so does the grade.
+        """
+        review = ended == Verdict.REVIEW and self.decided
+        undone = review or (ended != Verdict.GRADED and self.verdict == Verdict.GRADED)
+        early = Verdict.REVIEW if review else Verdict.PARTIAL
         return replace(
             self,
-            verdict=Verdict.PARTIAL if undone else self.verdict,
+            verdict=early if undone else self.verdict,
             points=self.points + item.points,
             max_points=self.max_points + item.max_points,
             items=(*self.items, item),

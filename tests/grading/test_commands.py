@@ -120,7 +120,7 @@ def test_the_marking_page_opens_and_ends(command, course, monkeypatch):
     [
         ("grade --workers 0", "--workers 0"),
         ("grade --files-points 0", "--files-points 0"),
-        ("grade --submissions nowhere", "run `llmcourse collect` first"),
+        ("grade nowhere", "run `llmcourse collect` first"),
         ("grade --key nowhere", "is no key folder"),
         ("grade --assignment 99_x", "no assignment '99_x'"),
         ("grade --evaluate nothing", "write module:function"),

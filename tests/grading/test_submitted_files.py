@@ -17,6 +17,7 @@ from safetensors.torch import save
 from llmcourse.grading import submitted_files
 from llmcourse.grading.batch import grade_batch, record_key
 from llmcourse.grading.file_evaluation import Evaluation, evaluate_files, find_evaluator
+from llmcourse.grading.grades import Grade, Item
 from llmcourse.grading.limits import Limits
 from llmcourse.grading.reports.exports import read_grades
 from llmcourse.grading.station import Submission
@@ -183,6 +184,9 @@ def evaluator(tmp_path):
             def slow(artifacts, seed):
                 time.sleep(60)
 
+            def quick(artifacts, seed):
+                return FileScore(1.0, "")
+
             def large(artifacts, seed):
                 return torch.ones(4 << 30)
 
@@ -221,9 +225,35 @@ def test_the_evaluation_decides(folder, evaluator):
     ],
 )
 def test_an_evaluation_that_fails_is_said_to_have_failed(folder, evaluator, function, ended):
-    limits = Limits(wall_seconds=6 if function == "slow" else 30, memory_mb=512)
+    limits = Limits(wall_seconds=0.5 if function == "slow" else 30, memory_mb=512)
     found = evaluate_files(folder, Evaluation(f"{evaluator}:{function}", 5), 3, limits)
     assert (found.ended, found.item.points, found.item.status) == (ended, 0, "error")
+
+
+def test_the_limit_does_not_count_the_loading_of_torch(folder, evaluator):
+    found = evaluate_files(
+        folder, Evaluation(f"{evaluator}:quick", 5), 3, Limits(wall_seconds=1, memory_mb=512)
+    )
+    assert (found.ended, found.item.points) == (Verdict.GRADED, 5)
+
+
+@pytest.mark.parametrize(
+    ("before", "ended", "after"),
+    [
+        (Verdict.GRADED, Verdict.GRADED, Verdict.GRADED),
+        (Verdict.GRADED, Verdict.TIMEOUT, Verdict.PARTIAL),
+        (Verdict.GRADED, Verdict.REVIEW, Verdict.REVIEW),
+        (Verdict.PARTIAL, Verdict.REVIEW, Verdict.REVIEW),
+        (Verdict.PARTIAL, Verdict.TIMEOUT, Verdict.PARTIAL),
+        (Verdict.MALFORMED, Verdict.REVIEW, Verdict.MALFORMED),
+    ],
+)
+def test_what_the_files_come_to_changes_the_verdict(before, ended, after):
+    grade = Grade("ada", "lab", before, 3, 4, note="before")
+    item = Item("files", "Submitted files", 1, 2, "partly", "")
+    changed = grade.with_item(item, ended, ())
+    assert (changed.verdict, changed.points, changed.max_points) == (after, 4, 6)
+    assert changed.note == ("before" if before == after else f"files: {ended}")
 
 
 def test_a_file_that_the_evaluation_lacks_is_for_review(folder, evaluator):

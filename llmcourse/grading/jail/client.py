@@ -12,7 +12,6 @@ import site
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from typing import Any
 
 from llmcourse.grading.jail import replies, usage
 from llmcourse.grading.jail.conversation import Conversation, EndedEarly, HungUp
+from llmcourse.grading.jail.home import Home
 from llmcourse.grading.jail.jobs import Answer, Cell, CellOutcome, Job, JobResult, Question
 from llmcourse.grading.jail.messages import pack
 from llmcourse.grading.jail.visibility import visible_paths, writable_folder
@@ -92,7 +92,7 @@ class Jail:
 
     def _remove_home(self) -> None:
         if self._home:
-            shutil.rmtree(self._home, ignore_errors=True)
+            self._home.remove()
 
     def __enter__(self) -> Jail:
         return self
@@ -123,13 +123,11 @@ class Jail:
     def _start_zygote(self, plan: tuple[str, ...]) -> dict[str, Any]:
         self._control, other = socket.socketpair()
         inside = not {"namespaces", "bubblewrap"}.isdisjoint(plan)  # they come with a folder in memory
-        self._home = None if inside else tempfile.mkdtemp(prefix="llmcourse-jail-")
-        if self._home:
-            os.chmod(self._home, 0o711)
+        self._home = None if inside else Home()
         site_folders = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
         home = os.path.expanduser("~")
         visible = visible_paths(site_folders, home)
-        folder = self._home or writable_folder(visible)
+        folder = self._home.path if self._home else writable_folder(visible)
         settings = {
             "control": other.fileno(),
             "layers": plan,
