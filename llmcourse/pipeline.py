@@ -29,7 +29,7 @@ from llmcourse.data.chat_formats import chat_format, training_template
 from llmcourse.data.instruction import encode_conversations
 from llmcourse.data.tinytown import Town
 from llmcourse.data.token_stream import TokenStream, tokenize
-from llmcourse.data.town_instructions import TownInstructions
+from llmcourse.data.town_instructions import ASSISTANT, TownInstructions
 from llmcourse.evaluation.generation import town_report
 from llmcourse.evaluation.instruction_following import instruction_report
 from llmcourse.inference.generation import complete
@@ -299,7 +299,7 @@ def _train_base(
 
 
 def _train_sft(settings: SFTSettings, start: Loaded, path: Path, work: Path) -> dict[str, Any]:
-    instructions = TownInstructions(Town(TOWN_SEED))
+    instructions = TownInstructions(Town(TOWN_SEED), ASSISTANT)
     context = min(start.model.config.context_length, LONGEST_CONVERSATION)
     n = settings.fit.steps * settings.fit.micro_steps * settings.batch_size
     if settings.packed:

@@ -55,7 +55,7 @@ from llmcourse.runtime import pick_device
 from llmcourse.training.fit import FitSettings
 
 SIZES = {
-    "cpu": {"tasks": 2000, "held_out": 200, "problems": 64, "samples": 64, "budgets": range(4, 35, 3), "probes": 64, "n_seeds": 3, "steps": 20, "every": 4, "hack": 40, "noise": 8, "prompts": 16, "group": 8, "lr": 3e-4},
+    "cpu": {"tasks": 2000, "held_out": 200, "problems": 64, "samples": 64, "budgets": range(4, 35, 3), "probes": 64, "n_seeds": 3, "steps": 20, "every": 4, "hack": 36, "noise": 8, "prompts": 16, "group": 8, "lr": 3e-4},
     "gpu": {"tasks": 8000, "held_out": 500, "problems": 200, "samples": 256, "budgets": range(4, 35, 1), "probes": 128, "n_seeds": 5, "steps": 60, "every": 5, "hack": 60, "noise": 32, "prompts": 32, "group": 16, "lr": 1e-4},
     "smoke": {"tasks": 12, "held_out": 8, "problems": 4, "samples": 4, "budgets": (4, 8), "probes": 2, "n_seeds": 2, "steps": 2, "every": 1, "hack": 2, "noise": 2, "prompts": 2, "group": 4, "lr": 3e-4},
 }  # fmt: skip
@@ -87,7 +87,7 @@ warnings.filterwarnings(
 # %% [markdown]
 # ## 1. What the steps are worth
 #
-# **Why.** In the corpus a sum stands in one of two forms, `37 + 48 = 85` or `37 + 48: 7+8=15, 3+4+1=8, 85`. The assistant of the fine-tuning stage was taught to answer "What is 37 + 48?" in the first form and "Calculate 37 + 48 step by step." in the second. So it knows two ways to a sum, and it has been told when to use which. All sums below are held out: no document and no request of the training data holds them, in either order.
+# **Why.** In the corpus a sum stands in one of two forms, `37 + 48 = 85` or `37 + 48: 7+8=15, 3+4+1=8, 85`. The assistant of the fine-tuning stage was taught to answer "What is 37 + 48?" in the first form and "Calculate 37 + 48 step by step." in the second. So it knows two ways to a sum, and it has been told when to use which: nine times in ten, for one plain question in ten was answered with its steps all the same. Demonstrations of several hands are like that. All sums below are held out: no document and no request of the training data holds them, in either order.
 
 # %%
 stage = {"preset": "cpu" if smoke else PRESET, "corpus": CORPUS, "seed": SEED, "model": MODEL}
@@ -192,7 +192,7 @@ results["start"] = {
 print(f"\n{first['asked plainly'][0]}   but begun:   {first['asked plainly, begun'][0]}")
 
 # %% [markdown]
-# **Read the result.** Asked plainly, the model guesses: one forward pass does not carry a two-digit sum in a model of this size. Where it writes steps it is mostly right, because each step is a sum of digits, which the corpus shows in every document of sums. Whether it writes them when it is asked to is another thing: assistants of the same recipe, trained on another kind of processor, differ in that, from never to always. But when the answer to a *plain* question is begun with the colon of the long form, the steps come, and they are right. Nothing about the question makes it hard; the model lacks the habit and not the ability. "Let's think step by step" is the same intervention for a model that was trained on the web.
+# **Read the result.** Asked plainly, the model guesses: one forward pass does not carry a two-digit sum in a model of this size. Asked for steps, it writes them and is right, because each step is a sum of digits, which the corpus shows in every document of sums. Its most probable answer to a plain question has no steps. But when that answer is *begun* with the colon of the long form, the steps come, and they are right. Nothing about the question makes it hard; the model lacks the habit and not the ability. "Let's think step by step" is the same intervention for a model that was trained on the web.
 #
 # **Budget forcing.** How much of the chain is needed? Stop it after a number of tokens, write ", " for the model, as before the result, and let it answer. For comparison, the same responses simply cut.
 
@@ -377,7 +377,7 @@ for name, some in problems.items():
 results["cross"] = cross
 
 # %% [markdown]
-# **Read the result.** Where the right answer is more frequent than any single wrong one, votes converge to it. How soon, and whether at all, the last table explains. Responses with steps are mostly right, whatever was asked, so they agree. Responses without steps are mostly wrong and scatter. Where few have steps, the mode is hardly better than a guess, and more votes give slowly growing agreement; where a good part of them has, the right answer wins although most single samples are wrong, since the wrong ones do not agree among themselves. The perfect chooser climbs to most problems on plain questions too, because among many samples one is right: by a lucky guess, or because it *happened* to write steps, which nobody taught the model to do there. The count of true equations finds such responses without knowing the answer. It is an imperfect verifier, and useful as long as it chooses among responses that were written for another purpose. Remember it; it comes back in *Break it*.
+# **Read the result.** Responses with steps are mostly right, whatever was asked, so they agree; responses without are mostly wrong and scatter. Where steps are asked for, a vote therefore removes the errors that single samples make. On plain questions few samples have steps. There the vote finds the right answer of some problems, whose wrong answers do not agree among themselves, and of the others the guess that is most alike in wrong answers; more votes agree more firmly and are not righter. The perfect chooser climbs to all problems on plain questions too, because among many samples one is right: by a lucky guess, or because it has steps, as one demonstration in ten had. The count of true equations finds such responses without knowing the answer. It is an imperfect verifier, and useful as long as it chooses among responses that were written for another purpose. Remember it; it comes back in *Break it*.
 
 # %% [markdown]
 # ## 3. From rewards to a gradient
@@ -584,7 +584,7 @@ check("reasoning/aggregate", my_aggregate)
 # %% [markdown]
 # ## 4. The model begins to think
 #
-# **Why.** Now the parts together: rounds of rollouts on *training* sums, a reward of 1 for a right number at the end and 0 otherwise, one update a round. No response is shown to the model, nothing says that steps are welcome, and half of the prompts are the plain questions that it was taught to answer in one go.
+# **Why.** Now the parts together: rounds of rollouts on *training* sums, a reward of 1 for a right number at the end and 0 otherwise, one update a round. No response is shown to the model, nothing says that steps are welcome, and half of the prompts are the plain questions that it was taught, nine times in ten, to answer in one go.
 #
 # **Predict.** Does it find the steps? Sketch the share of plain questions that are answered with steps, against the number of rounds. How long do responses become?
 
@@ -904,13 +904,14 @@ if own:
     )
     claim(
         "vote",
-        worked["majority vote"][-1] > worked["majority vote"][0] + 0.1,
-        "where steps are asked for, a vote gains more than 10 points over a single sample",
+        worked["majority vote"][-1] > worked["majority vote"][0]
+        and plain["majority vote"][-1] < plain["perfect chooser"][-1] - 0.15,
+        "a vote gains where steps are asked for, and stays at least 15 points below pass@k on plain questions",
     )
     claim(
         "verifier",
-        plain["true equations"][-1] - plain["true equations"][0] >= 0.3,
-        "on plain questions choosing by true equations gains at least 30 points over a single sample",
+        plain["true equations"][-1] - plain["majority vote"][-1] >= 0.1,
+        "on plain questions choosing by true equations is at least 10 points above the vote",
     )
     noise = results["noise"]
     claim(
@@ -940,7 +941,7 @@ if own:
 # %% [markdown]
 # ## Break it
 #
-# **A reward that can be fooled.** The count of true equations was a good chooser in section 2. It rises with right steps, it needs no answer key, it is graded instead of all or nothing: a tempting reward. The same training with this reward, once as it is and once with a pull to the assistant ($\beta = 0.1$, $k_3$).
+# **A reward that can be fooled.** The count of true equations was a good chooser in section 2. It rises with right steps, it needs no answer key, it is graded instead of all or nothing: a tempting reward. The same training with this reward, at three times the rate so that its course fits into the lab, once as it is and once with a pull to the assistant ($\beta = 0.1$, $k_3$).
 #
 # **Predict.** What happens to the reward, and what to the accuracy? In which order?
 
@@ -948,7 +949,7 @@ if own:
 hacked = {}
 for name, weight in (("no KL term", 0.0), ("β = 0.1", 0.1)):
     objective = policy_losses.Objective(clip_high=0.28, average="token", kl_weight=weight)
-    policy, run, seen = reinforce(SEED, "true equations", steps=sizes["hack"], every=4 if not smoke else 1, objective=objective)  # fmt: skip
+    policy, run, seen = reinforce(SEED, "true equations", steps=sizes["hack"], every=4 if not smoke else 1, objective=objective, rate=3 * lr)  # fmt: skip
     text = answer_chats(policy, tokenizer, [requests["asked plainly"][0].messages], GREEDY)[0]
     hacked[name] = {
         "seen": seen,
@@ -978,7 +979,7 @@ plotting.show(
 # **Too large a step.** The right reward again, with ten times the learning rate.
 
 # %%
-_, run, seen = reinforce(SEED, steps=max(2, sizes["hack"] // 4), every=4 if not smoke else 1, rate=10 * lr)
+_, run, seen = reinforce(SEED, steps=max(2, sizes["hack"] // 3), every=4 if not smoke else 1, rate=10 * lr)
 results["too fast"] = {"seen": seen, "reward": [one["reward"] for one in run.rounds], "constant": [one["constant_groups"] / one["groups"] for one in run.rounds]}  # fmt: skip
 for r, right, length in zip(seen["round"], seen["right"], seen["length"], strict=True):
     print(f"round {r:>2}: right {right:.2f}, {length:.0f} tokens")

@@ -129,13 +129,15 @@ class TownInstructionSettings:
     """relative frequency of texts with a constraint"""
     steps_share: float = 0.5
     """share of the sums that ask for the steps"""
+    unasked_steps_share: float = 0.0
+    """share of the other sums in training whose answer shows the steps all the same"""
     follow_up_share: float = 0.25
     """share of the questions about residents that follow another one, in the same conversation, with a pronoun"""
     held_out_share: float = 0.25
     """share of residents, stories and pairs of words that training questions leave out"""
 
     def __post_init__(self) -> None:
-        for name in ("steps_share", "follow_up_share"):
+        for name in ("steps_share", "unasked_steps_share", "follow_up_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give a fraction between 0 and 1")
         if not 0 < self.held_out_share < 1:
@@ -149,6 +151,11 @@ class TownInstructionSettings:
     def weights(self) -> dict[str, float]:
         """Relative frequency of each task, as given."""
         return {task: getattr(self, f"{task}_weight") for task in TASKS}
+
+
+ASSISTANT = TownInstructionSettings(unasked_steps_share=0.1)
+"""what the course's assistant learns from: demonstrations are of several hands, and a habit that none of them shows is one
+that reinforcement learning cannot find"""
 
 
 class TownInstructions:
@@ -284,7 +291,8 @@ class TownInstructions:
             sum=f"{one.a} {one.operation} {one.b}"
         )
         variety = f"{one.operation} steps" if steps else one.operation
-        answer = one.worked if steps else one.plain
+        unasked = 0.0 if steps or held_out else self.settings.unasked_steps_share
+        answer = one.worked if steps or (unasked and rng.random() < unasked) else one.plain
         return TownInstruction(task="sums", variety=variety, messages=(_user(question),), answer=answer)
 
     def _constraint(self, rng: random.Random, held_out: bool, reworded: bool) -> TownInstruction:
