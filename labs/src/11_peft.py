@@ -376,13 +376,13 @@ figure = plotting.lines(
 plotting.show(
     figure,
     alt="Loss against learning rate on logarithmic axes: a valley for full fine-tuning, and valleys for LoRA at two ranks "
-    "that lie together, about ten times further to the right.",
+    "that lie together, further to the right.",
 )
 results["sweep"] = {name: {f"{lr:g}": m for lr, m in tried.items()} for name, tried in sweep.items()}
 results |= {"best": best, "sweep_steps": sweep_steps}
 
 # %% [markdown]
-# **Read the result.** LoRA wants a rate about ten times that of full fine-tuning, and nearly the same one at a low and a high rank. Someone who takes over the rate of full fine-tuning finds that LoRA "does not reach" it; someone who raises $\alpha$ with the rank may find that "high ranks are unstable". Both have measured a learning rate.
+# **Read the result.** LoRA wants a rate several times that of full fine-tuning (a factor of about ten in published fits; a grid as coarse as this one cannot tell three from ten), and nearly the same one at a low and a high rank. Someone who takes over the rate of full fine-tuning finds that LoRA "does not reach" it; someone who raises $\alpha$ with the rank may find that "high ranks are unstable". Both have measured a learning rate.
 #
 # **Predict.** At their best rates, over seeds: who learns the task better, and who forgets less?
 
@@ -630,10 +630,16 @@ for name in (LORA, *equal_numbers):
     show_row(name)
 results["equal_numbers"] = equal_numbers
 
+
+def mean_loss(name):
+    """Loss on the task at the end, mean over the seeds."""
+    return statistics.fmean(run["loss"] for run in runs[name])
+
+
 # %% [markdown]
 # **Read the result.** The first step is a mean over $r$ random directions. With $s = \alpha / r$ its drift down the gradient is the same for all ranks, and its noise shrinks with $r$: a high rank begins a little better than rank 1, not $r$ times as fast. rsLoRA makes the step $\sqrt{r}$ times as long, with everything that a higher rate brings. It is another parametrization, and a comparison with it is one of learning rates unless both are tuned.
 #
-# As for the place: at equal numbers attention alone ends with the higher loss in every seed, as in published comparisons at scale, and it has forgotten the least; at one rate for all, that may be because it has moved the least. In accuracy the two may be too close to tell. All matrices together is the choice that needs no such test.
+# As for the place: at equal numbers all matrices together end lowest. Attention alone has forgotten the least; at one rate for all, that may be because it has moved the least. Which of the two halves is better three seeds do not tell, and it came out differently on an assistant that had been trained for half as long. Published comparisons at scale are clearer, and there attention alone loses.
 #
 # **Exercise 4.** DoRA: $m$ times the rows of $W + sBA$, each divided by its length. No gradient flows through the lengths.
 #
@@ -1103,8 +1109,8 @@ if own:
     )
     claim(
         "place",
-        all(a["loss"] > b["loss"] for a, b in zip(*(runs[name] for name in equal_numbers), strict=True)),
-        "at equal numbers attention alone ends above feed-forward alone, in every seed",
+        all(mean_loss(name) > mean_loss(LORA) for name in equal_numbers),
+        "at equal numbers attention alone and feed-forward alone end above all matrices together, on average over the seeds",
     )
     claim("bits", 4.12 < bits < 4.2, "the weights of the blocks take between 4.12 and 4.2 bits each")
     claim(
@@ -1273,7 +1279,7 @@ store_results("peft", results)
 # ## Takeaways
 #
 # * A fresh LoRA is the base, bit for bit. $B$ moves first; $A$ must not start at zero.
-# * Compare methods at their own learning rates. LoRA's is about ten times that of full fine-tuning, and with $s = \alpha / r$ nearly the same at every rank.
+# * Compare methods at their own learning rates. LoRA's is several times that of full fine-tuning, about ten times in published fits, and with $s = \alpha / r$ nearly the same at every rank.
 # * Rank is for what is to be learned: a change of wording needs next to none, new facts need more, in a given number of steps.
 # * Forgetting follows the rate before it follows the method. Measure it on the old tasks, in nats.
 # * NF4 costs several percent of each weight and little of the model. Gradients and moments shrink with the adapter, weights with the bits, activations with neither.
