@@ -90,7 +90,7 @@ from llmcourse.training.fit import FitSettings, fit
 SIZES = {
     "cpu": {
         "steps": 52, "n_seeds": 3, "held_out": 160, "others": 24, "high_rank": 16,
-        "rates": {"full": (3e-4, 1e-3, 3e-3), "LoRA": (3e-3, 1e-2, 3e-2), "adapters": 1e-2, "prompt": 3e-1},
+        "rates": {"full": (3e-4, 1e-3, 3e-3, 1e-2), "LoRA": (3e-3, 1e-2, 3e-2), "adapters": 1e-2, "prompt": 3e-1},
     },
     "gpu": {
         "steps": 120, "n_seeds": 5, "held_out": 512, "others": 128, "high_rank": 64,
@@ -582,7 +582,7 @@ results["knowledge"] = {
 }
 
 # %% [markdown]
-# **Read the result.** On the style all curves stay together. The facts tell them apart: in the same steps full fine-tuning has learned the most and rank 1 the least. Storage is not what runs short, since 192 facts of 4 bits each fit many times over into the thousands of numbers of rank 1. What runs short seems to be the number of directions in which a few steps can move. Nor has rank 1 forgotten less for that: look at the other tasks. Whether it gets there with several times as many steps is easily tried.
+# **Read the result.** On the style all curves stay together. The facts tell them apart: in the same steps full fine-tuning has learned the most and rank 1 the least. Storage is not what runs short, since 192 facts of 4 bits each fit many times over into the thousands of numbers of rank 1. What runs short seems to be the number of directions in which a few steps can move. Nor has rank 1 forgotten less than rank 4 for that: look at the other tasks. Whether it gets there with several times as many steps is easily tried.
 #
 # **Run: the scale, and the place.** First the beginning of a run at rank 1, at a high rank, and at the high rank with rsLoRA, $s = \alpha / \sqrt{r}$. Then about the numbers of rank 4 on all matrices, spent on the attention matrices alone and on the feed-forward matrices alone.
 
@@ -637,7 +637,7 @@ def mean_loss(name):
 
 
 # %% [markdown]
-# **Read the result.** The first step is a mean over $r$ random directions. With $s = \alpha / r$ its drift down the gradient is the same for all ranks, and its noise shrinks with $r$: a high rank begins a little better than rank 1, not $r$ times as fast. rsLoRA makes the step $\sqrt{r}$ times as long, with everything that a higher rate brings. It is another parametrization, and a comparison with it is one of learning rates unless both are tuned.
+# **Read the result.** The first step is a mean over $r$ random directions. With $s = \alpha / r$ its drift down the gradient is the same for all ranks, and its noise shrinks with $r$: a high rank begins much like rank 1, not $r$ times as fast. rsLoRA makes the step $\sqrt{r}$ times as long, with everything that a higher rate brings. It is another parametrization, and a comparison with it is one of learning rates unless both are tuned.
 #
 # As for the place: at equal numbers all matrices together end lowest. Attention alone has forgotten the least; at one rate for all, that may be because it has moved the least. Which of the two halves is better three seeds do not tell, and it came out differently on an assistant that had been trained for half as long. Published comparisons at scale are clearer, and there attention alone loses.
 #
@@ -1249,7 +1249,7 @@ results["broken"] = {
 # 1. *A held-out loss that does not change in any digit* is a missing gradient. The training loss hides it: it goes up and down, because the batches differ. Look at the gradient of $B$ in the first step.
 # 2. *A loss above its start* is a step too long. Compute the length of the first $\Delta W$, in which rate, $\alpha$ and rank all enter, before you blame one of them.
 # 3. *A good loss in training and bad answers when served* is a question of which base, which template, which scale. Compare logits on one batch before you compare answers.
-# 4. *A loss that falls and stops high* can be capacity. Here it is embedding and head: thawed beside the LoRA, at the LoRA's rate, they bring the loss down. Full fine-tuning trains them too, at a tenth of that rate, and in so few steps does little better than LoRA. Train them (`modules_to_save` in `peft`) at a rate that moves them, or ask for answers in words that the model has.
+# 4. *A loss that falls and stops high* can be capacity. Here it is embedding and head: thawed beside the LoRA, at the LoRA's rate, they bring the loss down. Full fine-tuning trains them too, at a lower rate, and in so few steps gets less far. Train them (`modules_to_save` in `peft`) at a rate that moves them, or ask for answers in words that the model has.
 
 # %%
 # NBVAL_CHECK_OUTPUT

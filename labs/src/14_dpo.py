@@ -91,7 +91,7 @@ results = {"preset": PRESET, "corpus": CORPUS, "seed": SEED, "model": MODEL}
 #
 # **Why.** The assistant was trained on right answers. It has never been told what is wrong with its own. We let it answer each request four times at temperature 1, and an annotator ranks the answers; the first and the last of the ranking become a pair. The annotator goes by the true reward (2 for a right answer, plus up to 3 for a well-formed, true text of the usual length) and errs like a Bradley–Terry judge with a noise of 0.5: between two answers, a difference in reward of 0.5 is seen in 73 % of the cases. Two answers would do as well, only that most of their pairs say little: where both are right, or both wrong, the label is nearly a coin flip. The ends of a ranking of four lie farther apart.
 #
-# The requests are sums and texts with constraints. Questions about residents and stories are left out on purpose. What the model lacks there is knowledge, and pairs of two wrong guesses teach it nothing except to guess differently; with them in the data, the true reward fell from the first steps on.
+# The requests are sums and texts with constraints. Questions about residents and stories are left out on purpose. Where the model is wrong there, a pair is mostly two wrong guesses, which teach it nothing except to guess differently.
 
 # %%
 assistant = pipeline.load(
@@ -197,7 +197,7 @@ check("dpo/response_log_probs", my_response_log_probs)
 #
 # </details>
 #
-# **Predict.** Three rules that know nothing about the request choose between the answers of a pair: the longer one, the one that the reference finds likelier, the one that it finds likelier per token. How often does each agree with a perfect annotator?
+# **Predict.** Three rules that know nothing about what is right choose between the answers of a pair: the longer one, the one that the reference finds likelier, the one that it finds likelier per token. How often does each agree with a perfect annotator?
 
 
 # %%
@@ -540,14 +540,14 @@ results["weights"] = {
 }  # fmt: skip
 
 # %% [markdown]
-# **Read the result.** The accuracy on held-out pairs is modest, no better than that of the simple rules of section 1, and still the answers earn more. The two measure different things. Accuracy asks the policy to judge two given answers, and to tell a right sum from a wrong one it would have to compute. The true reward asks what it writes. Where did the gain come from? Bare results of sums are mostly wrong in this model, sums with their steps mostly right, and now and then an answer shows its steps although nobody asked for them. Such an answer usually wins its pair. The last line of the table by task says whether the policy has picked that up. The rows of the tasks without pairs say what it cost elsewhere. With so few requests a row, a difference of a few points is noise; tens of points are the price of a policy that has gone far, and the KL divergence says how far.
+# **Read the result.** The accuracy on held-out pairs is modest, below that of both likelihood rules of section 1, and still the answers earn more on average. The two measure different things. Accuracy asks the policy to judge two given answers, and to tell a right sum from a wrong one it would have to compute. The true reward asks what it writes. Where did the gain come from? Bare results of sums are mostly wrong in this model, sums with their steps mostly right, and now and then an answer shows its steps although nobody asked for them. Such an answer usually wins its pair. The last line of the table by task says whether the policy has picked that up. The rows of the tasks without pairs say what it cost elsewhere. With so few requests a row, a difference of a few points is noise; tens of points are the price of a policy that has gone far, and the KL divergence says how far.
 #
-# Compare also the chosen log-probability of section 3's policies: where it has fallen, the margin was earned on the rejected side. And the weights: the pairs that were judged rightly have lost part of their pull, the mistaken ones hardly any, so the share of the mistakes in the gradient has grown.
+# Compare also the chosen log-probability of section 3's policies: where it has fallen, the margin was earned on the rejected side. And the weights: the pairs that were judged rightly have lost more than a third of their pull, the mistaken ones about an eighth, so the share of the mistakes in the gradient has grown.
 
 # %% [markdown]
 # ## 4. Over-optimization
 #
-# **Why.** Two knobs decide how far a run goes from its reference: how soon pairs count as settled ($\beta$), and how long and how fast it trains. Turn both the wrong way, and the pairs that improved the answers ruin them, while nothing that is computed from pairs gives an alarm.
+# **Why.** Two knobs decide how far a run goes from its reference: how soon pairs count as settled ($\beta$), and how long and how fast it trains. Turn both the wrong way, and the pairs that improved the answers ruin them, while loss and accuracy on pairs give no alarm.
 #
 # **Predict.** The same pairs and labels, $\beta = 0.01$ in place of 0.3, and a constant rate twice as high. Sketch the true reward against the step. What will the accuracy on held-out pairs be at the end, compared with section 3?
 
@@ -621,9 +621,9 @@ results["far"] = over | {
 }  # fmt: skip
 
 # %% [markdown]
-# **Read the result.** The divergence keeps growing, the answers become longer, and the true reward falls below that of the reference, although the pairs are those that improved the answers in section 3. Now look for an alarm in what the pairs say. The loss on the training pairs is below $\ln 2$, so by its own account the policy is better than the reference. The accuracy on held-out pairs has slipped, but not below one half: it would pass for a slightly worse run. Only one record looks odd, and it is not one that the loss contains: the log-probability of the chosen answers has dropped by many nats. The policy has become unlikely to write either answer of a pair; what it writes instead is in no pair, so no pair can object.
+# **Read the result.** The divergence keeps growing, the answers become longer, and the true reward falls below that of the reference, although the pairs are those that improved the answers in section 3. Now look for an alarm in what the pairs say. The loss on the training pairs is below $\ln 2$, so by its own account the policy is better than the reference. The accuracy on held-out pairs is that of section 3, about 60 %: it would pass for a run as good as those. Only one record looks odd, and it is not one that the loss contains: the log-probability of the chosen answers has dropped by many nats. The policy has become unlikely to write either answer of a pair; what it writes instead is in no pair, so no pair can object.
 #
-# The fitted curve is Gao's form, drawn for reinforcement learning. Read it as a summary: runs that went along different roads do not lie on one curve, and where its peak is depends on which points one has.
+# The fitted curve is Gao's form, drawn for reinforcement learning. Read it as a summary: runs that went along different roads do not lie on one curve, and where its peak is depends on which points one has. Here it passes below the gain of section 3.
 
 # %% [markdown]
 # ## 5. The family
@@ -765,7 +765,7 @@ for name, options in FAMILY.items():
 results["family"] = family | {"steps": sizes["family"]}
 
 # %% [markdown]
-# **Read the result.** Equal steps are not an equal distance. ORPO has moved least: with its weight of 0.1 on the odds ratio it is mostly fine-tuning on answers that the model already gives. SimPO has nothing that holds it, which a dozen steps do not show yet. What sets the others apart comes later too, when pairs begin to be settled: DPO's gradient fades there, IPO's turns around at 5 nats, KTO's has its peak at the reference point. With one seed and overlapping intervals the table ranks nothing. To compare methods, give each its own best rate and β, and plot reward against KL as in section 4.
+# **Read the result.** Equal steps are not an equal distance. ORPO has moved least: with its weight of 0.1 on the odds ratio it is mostly fine-tuning on answers that the model already gives. SimPO, which has nothing that holds it, has moved farthest, though not far in a dozen steps. What sets the others apart comes later too, when pairs begin to be settled: DPO's gradient fades there, IPO's turns around at 5 nats, KTO's has its peak at the reference point. With one seed and overlapping intervals the table ranks nothing. To compare methods, give each its own best rate and β, and plot reward against KL as in section 4.
 
 # %% [markdown]
 # ## The same with the library
@@ -872,7 +872,7 @@ if own:
 # %% [markdown]
 # ## Break it
 #
-# An annotator who likes long answers. The requests, the answers and the settings are those of before; only the rankings differ: the reward is a fifth of the number of words, whatever they say.
+# An annotator who likes long answers. The requests and the answers are those of before, and on a laptop the run has half the steps of section 3; the rankings differ: the reward is a fifth of the number of words, whatever they say.
 
 
 # %%
@@ -938,7 +938,7 @@ store_results("dpo", results)
 #
 # * Before training on pairs, ask what tells the two sides apart without reading them. Length and likelihood are the first suspects.
 # * The loss of the first step is $\ln 2$. Overfit one batch before anything else, and watch both log-probabilities while it happens.
-# * Accuracy on pairs and quality of what is written are two measurements. A modest accuracy can go with a large gain, and one that is hardly lower with a large loss.
+# * Accuracy on pairs and quality of what is written are two measurements. A modest accuracy can go with a gain, and the same accuracy with a large loss.
 # * The weight of a pair is largest where the implicit reward disagrees with the label, and a wrong label looks like a hard pair. That is what label smoothing, IPO's target and KTO's saturation are for.
 # * Distance from the reference is spent, not earned. Measure what you want at several distances and stop there; no number from the training pairs knows where that is.
 # * Compare losses of the family at the distance they reached, and not only after equal steps.
