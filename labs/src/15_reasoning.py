@@ -234,12 +234,12 @@ figure = plotting.lines(
 )  # fmt: skip
 plotting.show(
     figure,
-    alt="Share of right sums against the budget of thinking tokens: near the level of answers without steps until most of the chain is "
-    "written, then a rise to nearly all; answers that are merely cut rise later.",
+    alt="Share of right sums against the budget of thinking tokens: near zero until the second step can be complete, then up and down "
+    "and finally to all; answers that are merely cut rise later but reach all of them sooner.",
 )
 
 # %% [markdown]
-# **Read the result.** Half of the chain is worth nothing. The answer's digits are *copied* from the two steps, so accuracy stays at the level of guessing until the second step stands there, then rises within a few tokens. Where the second step is nearly written, forcing an answer saves a few that would have been cut. A few tokens later it can do harm, since the comma may come in the middle of the result: closing words must fit the place where they are put. In models with long chains the curve is smoother, because a chain holds several attempts; its shape is the same: a budget below what the problem needs buys little.
+# **Read the result.** Half of the chain is worth nothing. The answer's digits are *copied* from the two steps, so accuracy stays below that of answering at once until the second step stands there. Where the budget ends with the second step, forcing an answer is right for many that would have been cut. A few tokens later it does harm, since the comma comes in the middle of the result or right behind it: closing words must fit the place where they are put. In models with long chains the curve is smoother, because a chain holds several attempts; its shape is the same: a budget below what the problem needs buys little.
 
 # %% [markdown]
 # ## 2. Many samples
@@ -377,7 +377,7 @@ for name, some in problems.items():
 results["cross"] = cross
 
 # %% [markdown]
-# **Read the result.** Responses with steps are mostly right, whatever was asked, so they agree; responses without are mostly wrong and scatter. Where steps are asked for, a vote therefore removes the errors that single samples make. On plain questions few samples have steps. There the vote finds the right answer of some problems, whose wrong answers do not agree among themselves, and of the others the guess that is most alike in wrong answers; more votes agree more firmly and are not righter. The perfect chooser climbs to all problems on plain questions too, because among many samples one is right: by a lucky guess, or because it has steps, as one demonstration in ten had. The count of true equations finds such responses without knowing the answer. It is an imperfect verifier, and useful as long as it chooses among responses that were written for another purpose. Remember it; it comes back in *Break it*.
+# **Read the result.** Responses with steps are mostly right, whatever was asked, so they agree; responses without are mostly wrong and scatter. Where steps are asked for, a vote therefore removes the errors that single samples make. On plain questions few samples have steps. There more votes find the right answer of more problems, those whose wrong answers do not agree among themselves; of the others they find the most frequent wrong guess, and the vote stays far below the perfect chooser. The perfect chooser climbs to all problems on plain questions too, because among many samples one is right: by a lucky guess, or because it has steps, as one demonstration in ten had. The count of true equations finds such responses without knowing the answer. It is an imperfect verifier, and useful as long as it chooses among responses that were written for another purpose. Remember it; it comes back in *Break it*.
 
 # %% [markdown]
 # ## 3. From rewards to a gradient
@@ -418,7 +418,7 @@ check("reasoning/group_advantages", my_group_advantages)
 #
 # **Run: what the baseline buys.** A baseline that does not depend on the response leaves the mean gradient alone, so compare noise. Some independent rounds of rollouts at the same weights, and the gradients of each with several advantages. The mean product of two different rounds estimates the squared length of the mean gradient; what a round's own square has on top of that is noise. The group's mean contains the response itself, so its advantages are multiplied by $N/(N-1)$ to have the same mean gradient as the others.
 #
-# **Predict.** Some prompts of the batch are solved much more often than others, above all when their responses happen to have steps. Order by noise: the reward as it is (1 or 0), the same reward plus 1 (2 or 1), minus the mean of the whole batch, minus the mean of the group.
+# **Predict.** Some prompts of the batch are solved much more often than others: those that ask for steps. Order by noise: the reward as it is (1 or 0), the same reward plus 1 (2 or 1), minus the mean of the whole batch, minus the mean of the group.
 
 
 # %%
@@ -673,17 +673,17 @@ draw_runs(
     {label: [seen[name] for _, _, seen in runs] for name, label in NAMES.items()}, runs[0][2]["round"],
     "share of held-out sums", "GRPO with a reward for the right number",
     "Shares of held-out sums against rounds of rollouts: plain questions answered with steps and plain questions right rise together "
-    "from near zero to near one within the run; questions that ask for steps end near one too, wherever they began.",
+    "from a low start to near one within the run; questions that ask for steps begin at one and stay near it.",
 )  # fmt: skip
 draw_runs(
     {"mean length": results["grpo"]["length"]}, list(range(1, sizes["steps"] + 1)), "tokens a response",
-    "Length of the rollouts", "Mean tokens of the rollouts against rounds: it rises from short answers to the length of a sum with steps and stays there.",
+    "Length of the rollouts", "Mean tokens of the rollouts against rounds: near 20 for about ten rounds, since half of the prompts ask for steps, then a rise towards the length of a sum with steps.",
 )  # fmt: skip
 for request, text in zip(held_out[:60:10], answer_chats(runs[0][0], tokenizer, [one.messages for one in held_out[:60:10]], GREEDY), strict=True):  # fmt: skip
     print(f"{request.messages[-1]['content']:<42} {text}")
 
 # %% [markdown]
-# **Read the result.** Two curves are almost one: a plain question becomes right when it is answered with steps. Nobody asked for longer responses. They are what is right more often, and the rare sample that began with a colon had a larger advantage than any guess of its group. The rise has the shape of growth that feeds itself: at the start few groups hold such a sample, and the more hold one, the faster the habit spreads. It ends when all responses have steps, so length does not grow without bound; a longer chain has nothing more to compute here. Constant groups are the price: those that all solve and those that none solves cost tokens and teach nothing.
+# **Read the result.** Apart from some right guesses at the start, two curves are almost one: a plain question becomes right when it is answered with steps. Nobody asked for longer responses. They are what is right more often, and the rare sample that began with a colon had a larger advantage than most guesses of its group. The rise has the shape of growth that feeds itself: at the start about half of the groups of plain questions hold such a sample, mostly a single one, and the more they hold, the faster the habit spreads. It ends when all responses have steps, so length does not grow without bound; a longer chain has nothing more to compute here. Constant groups are the price: those that all solve and those that none solves cost tokens and teach nothing. And the habit has to be there: an assistant whose demonstrations never showed steps unasked (`unasked_steps_share=0`) wrote them in 4 of 2 048 samples, and twenty rounds left its accuracy where it was. What is never sampled is never rewarded, which is why long chains are often taught by a few demonstrations, a *cold start*, before they are reinforced.
 #
 # **Run: the family.** With one update a round the ratio is 1, and the clip does nothing. The members of the family differ when a batch is used again. Here are some rollouts of the assistant, seen by a policy that is two updates further: what share of the tokens does each objective clip, and how does its gradient compare with GRPO's policy gradient alone, without the KL term?
 
@@ -710,7 +710,7 @@ results["family"] = family
 del vectors
 
 # %% [markdown]
-# **Read the result.** With a clip per token the objectives lose few tokens after two updates, and what distinguishes their gradients is mainly the length: Dr. GRPO divides by a constant that is longer than the responses and does not scale advantages up, and AdamW forgives a constant factor. The KL term may turn the direction or not, although its weight is small and the policy has hardly left: $k_3$ is large where a token that the reference likes has lost most of its probability, so it depends on whether the first updates did that. GSPO's range is three orders of magnitude narrower than the others', and what it clips are whole responses that have already moved the right way. What remains are those that have not, so on reused data its gradient is another one, not a smaller one. A single batch says what an objective *does*. Which is best is a question for several seeds, and for a learning rate tuned for each.
+# **Read the result.** With a clip per token the objectives lose few tokens after two updates, and what distinguishes their gradients is mainly the length: Dr. GRPO divides by a constant that is longer than the responses and does not scale advantages up, and AdamW forgives a constant factor. The KL term may turn the direction or not, although its weight is small and the policy has hardly left: $k_3$ is large where a token that the reference likes has lost most of its probability, so it depends on whether the first updates did that. GSPO's range is three orders of magnitude narrower than the others', and what it clips are whole responses that have already moved the right way. What remains are those that have not, so on reused data its gradient is another one, not only a smaller one. A single batch says what an objective *does*. Which is best is a question for several seeds, and for a learning rate tuned for each.
 
 # %% [markdown]
 # ## 5. Added or sharpened, and at what cost
@@ -782,7 +782,7 @@ for name, values in estimates.items():
 del p, q, exact, estimates
 
 # %% [markdown]
-# **Read the result.** On plain questions the trained policy does at the first attempt what took the assistant many: pass@1 rises by far more than pass@k at the right end of the figure. What was rare became the rule, in the words of the debate it was *sharpened*; the ability was there, as section 1 showed by one forced token. Samples became alike, which is why a vote has little left to gain. The divergence sits in few tokens, above all in the one after the sum, where `=` or `:` decides what comes next; all others are nearly untouched. So are the other tasks: their differences are within what so few requests can tell, at this length of training. $k_1$ and $k_3$ scatter about the exact mean, and $k_1$ is negative at many tokens. $k_2$ does not agree where the policies are far apart: as a value it is biased, as a loss it has the right gradient.
+# **Read the result.** On plain questions the trained policy does at the first attempt what took the assistant many: pass@1 rises by far more than pass@k at the right end of the figure. What was rare became the rule, in the words of the debate it was *sharpened*; the ability was there, as section 1 showed by one forced token. Samples of plain questions became more alike and mostly agree on the right answer, so that now a vote of a few is enough. The divergence sits in few tokens, above all in the one after the sum, where `=` or `:` decides what comes next; all others are nearly untouched. So are the other tasks: their differences are within what so few requests can tell, at this length of training. $k_1$ and $k_3$ scatter about the exact mean, and $k_1$ is negative at many tokens. $k_2$ does not agree where the policies are far apart: as a value it is biased, as a loss it has the right gradient.
 
 # %% [markdown]
 # ## The same with the library
@@ -875,7 +875,7 @@ for name, row in agreement.items():
 results["library"] = agreement
 
 # %% [markdown]
-# The two lines of GRPO show why TRL (1.16) multiplies its KL term by the ratio unless told otherwise. The rollouts hold tokens that the trained policy has almost given up, such as the `=` of the short form. There $k_3$ is about the inverse of the new probability, without bound; times the ratio it is bounded.
+# TRL (1.16) multiplies its KL term by the ratio unless told otherwise. Here the two lines of GRPO differ little. But the rollouts may hold tokens that the trained policy has almost given up, as it would the `=` of the short form after longer training. There $k_3$ is about the inverse of the new probability, without bound; times the ratio it is bounded.
 
 # %% [markdown]
 # ## Measured results
@@ -969,12 +969,12 @@ figure = plotting.lines(
 )
 plotting.show(
     figure,
-    alt="Reward and held-out accuracy against rounds when every true equation is rewarded: the reward rises throughout, accuracy rises at "
-    "first and then falls.",
+    alt="Reward and held-out accuracy against rounds when every true equation is rewarded: without a KL term the reward keeps rising and "
+    "accuracy rises at first, then falls to zero; with one the reward levels off, and accuracy rises, dips and recovers.",
 )
 
 # %% [markdown]
-# **Diagnosis.** Three phases. First the proxy and the truth rise together, since the quickest way to true equations is the long form: whoever stops here believes in the reward. Then the policy repeats a true equation before it answers, and last it does not answer at all, since the limit of tokens comes first and equations pay more than results. The records show it before the accuracy does: responses grow up to the limit, the share cut rises, the reward exceeds what any right response can earn. The pull to the reference slows the same course down; it changes the price of distance and not the direction in which the reward points. A chooser only meets texts that exist. A reward meets texts that are written for it.
+# **Diagnosis.** Four phases. First the proxy and the truth rise together, since the quickest way to true equations is the long form: whoever stops here believes in the reward. Then accuracy falls while reward and length hardly move: true equations earn the same when they belong to another sum, or when the result does not follow from them. Then the policy repeats true equations before it answers, and last it does not answer at all, since the limit of tokens comes first and equations pay more than results. Only these last phases show in the records: responses grow up to the limit, the share cut rises, the reward exceeds what any right response can earn. The second shows in held-out accuracy alone. With the pull to the reference accuracy dips too, but then recovers, and responses do not grow; it changes the price of distance and not the direction in which the reward points. A chooser only meets texts that exist. A reward meets texts that are written for it.
 #
 # **Too large a step.** The right reward again, with ten times the learning rate.
 
@@ -987,7 +987,7 @@ print("reward by round", [round(one["reward"], 2) for one in run.rounds])
 print("share of constant groups", [round(share, 2) for share in results["too fast"]["constant"]])
 
 # %% [markdown]
-# **Diagnosis.** The reward rises for a few rounds and then falls, although it is the quantity that is maximized. Policy gradients are right for small steps from the policy that wrote the samples; a large one lands where nothing was sampled. What makes it lasting is that the data come from the policy: when no response is right any more, all groups are constant and no gradient leads back. In supervised training a bad step is mended by the next batch, which does not depend on the model.
+# **Diagnosis.** Accuracy rises at first, then falls with the reward, although the reward is what is maximized. Policy gradients are right for small steps from the policy that wrote the samples; a large one lands where nothing was sampled. What can make it lasting is that the data come from the policy: the fewer responses are right, the more groups are constant, more than half at the end here, and when none is right, no gradient leads back. In supervised training a bad step is mended by the next batch, which does not depend on the model.
 
 # %%
 # NBVAL_CHECK_OUTPUT

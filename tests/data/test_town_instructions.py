@@ -10,6 +10,7 @@ import pytest
 from llmcourse.data import town_instructions
 from llmcourse.data.tinytown import Town
 from llmcourse.data.town_instructions import (
+    ASSISTANT,
     TASKS,
     Constraint,
     TownInstruction,
@@ -175,10 +176,23 @@ def test_weights_decide_the_tasks():
     assert len(apart) == 128
 
 
+def test_some_plain_sums_are_answered_with_steps_where_the_settings_say_so_and_only_in_training():
+    sums = only("sums", unasked_steps_share=0.25)
+    plain = [one for one in sums.training(2000) if "steps" not in one.variety]
+    unasked = [one for one in plain if ":" in one.answer]
+    assert 0.2 < len(unasked) / len(plain) < 0.3
+    assert all(one.is_right(one.answer) and "step" not in one.messages[-1]["content"] for one in unasked)
+    held_out = [one for one in sums.held_out("sums", 200) if "steps" not in one.variety]
+    assert held_out and not any(":" in one.answer for one in held_out)
+    assert sums.held_out("sums", 200) == only("sums").held_out("sums", 200)
+    assert 0 < ASSISTANT.unasked_steps_share < 0.5
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"steps_share": 1.5}, "steps_share=1.5"),
+        ({"unasked_steps_share": -0.1}, "unasked_steps_share=-0.1"),
         ({"follow_up_share": -0.1}, "follow_up_share=-0.1"),
         ({"held_out_share": 1.0}, "held_out_share=1.0"),
         ({"facts_weight": -1.0}, "weights"),
