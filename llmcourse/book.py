@@ -9,15 +9,18 @@ for its debris.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib.metadata
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,7 @@ SOURCES = (
     "llmcourse/**/*.json",
     "benchmarks/results/*.json",
 )
+CACHE, CONFIG = "_build/executed", "_build/_config.yml"
 PHASE = re.compile(r"^(reading sources|writing output)\.\.\. \[\s*(\d+)%\]\s*(\S*)")
 PROBLEM = re.compile(r"(WARNING|ERROR|CRITICAL|Exception|Error):")
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
@@ -114,6 +118,7 @@ def build(root: Path | None = None, *, force: bool = False) -> Built:
             return Built(index=index, seconds=stored["seconds"], fresh=False)
     started = time.monotonic()
     _empty(root / "_build")
+    _execute(root)
     _render(root, pages=len(toc_pages(root)))
     if not index.is_file() or index.stat().st_size < 5000:
         raise BookError(
@@ -144,9 +149,65 @@ def _empty(folder: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def _execute(root: Path) -> None:
+    """Run the cells of all pages, several pages at a time, into a cache that `_render` reads.
+
+    Sphinx executes page after page, which takes most of a build. A page that fails is left to it, and to its messages.
+    """
+    from jupyter_cache import get_cache
+    from jupyter_cache.executors.utils import ExecutionResult, create_cache_bundle, single_nb_execution
+
+    settings = yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8"))
+    timeout = settings["execute"]["timeout"]
+    own = settings["sphinx"].get("local_extensions", {})
+    settings["sphinx"]["local_extensions"] = {name: str(root / folder) for name, folder in own.items()}
+    settings["execute"] |= {"execute_notebooks": "cache", "cache": str(root / CACHE)}
+    (root / CONFIG).write_text(yaml.safe_dump(settings, allow_unicode=True), encoding="utf-8")
+    cache = get_cache(root / CACHE)
+    paths = [root / f"{page}.md" for page in toc_pages(root) if (root / f"{page}.md").is_file()]
+    with_cells = [path for path in paths if "```{code-cell}" in path.read_text(encoding="utf-8")]
+    with_cells.sort(key=lambda path: path.parent.name != "appendix")  # the longest runs first
+
+    def run(page: Any) -> ExecutionResult:
+        folder = str(Path(page.uri).parent)
+        quiet = ["--log-level=ERROR"]
+        return single_nb_execution(page.nb, folder, timeout, allow_errors=False, extra_arguments=quiet)
+
+    with (
+        _one_thread_each(),
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        progress(total=len(with_cells), description="running the pages' cells", unit="page") as bar,
+    ):
+        records = [
+            cache.add_nb_to_project(str(path), read_data={"name": "myst_nb_md", "type": "plugin"})
+            for path in with_cells
+        ]
+        pages = [cache.get_project_notebook(record.pk) for record in records]
+        runs = {pool.submit(run, page): page for page in pages}
+        for done in as_completed(runs):
+            result = done.result()
+            if result.err is None:
+                bundle = create_cache_bundle(runs[done], result.cwd, None, result.time, None)
+                cache.cache_notebook_bundle(bundle, check_validity=False, overwrite=True)
+            bar.update(1)
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Kernels that are started inside compute with one thread: several that take all cores wait for one another."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop("OMP_NUM_THREADS")
+        if before is not None:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
 def _render(root: Path, pages: int) -> None:
     """Run Jupyter Book; keep its output in `_build/build.log`, show progress, raise with the problems it printed."""
-    command = [*COMMAND, "build", str(root), "-W", "-n", "--keep-going"]
+    command = [*COMMAND, "build", str(root), "--config", str(root / CONFIG), "-W", "-n", "--keep-going"]
     lines: list[str] = []
     with (
         progress(total=2 * pages, description="building the book", unit="page") as bar,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -124,6 +125,48 @@ def test_build_numbers_chapters_by_their_labs_and_skips_when_current(tiny):
         book.build(tiny)
     assert "nowhere" in (tiny / "_build/build.log").read_text(encoding="utf-8")
     assert not (tiny / "_build/built.json").exists(), "a failed build must not count as current"
+
+
+HEAD = """---
+jupytext:
+  text_representation:
+    extension: .md
+    format_name: myst
+kernelspec:
+  display_name: Python 3
+  language: python
+  name: python3
+---
+
+# Index
+
+See {ref}`theory`.
+
+"""
+
+
+def index_with(tiny, code):
+    """Give the first page a cell."""
+    (tiny / "book/index.md").write_text(f"{HEAD}```{{code-cell}} python\n{code}\n```\n", encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_cells_run_once_in_the_folder_of_their_page(tiny):
+    index_with(
+        tiny,
+        "import pathlib\nwith open('runs', 'a') as file: file.write('x')\nprint(pathlib.Path.cwd().name, 6 * 7)",
+    )
+    before = os.environ.get("OMP_NUM_THREADS")
+    book.build(tiny)
+    assert "book 42" in (tiny / "_build/html/book/index.html").read_text(encoding="utf-8")
+    assert (tiny / "book/runs").read_text() == "x" and os.environ.get("OMP_NUM_THREADS") == before
+
+
+@pytest.mark.slow
+def test_a_cell_that_fails_stops_the_build(tiny):
+    index_with(tiny, "raise KeyError('no such result')")
+    with pytest.raises(book.BookError, match=r"(?s)index.*no such result"):
+        book.build(tiny)
 
 
 def test_course_stops_at_a_failing_lab(monkeypatch, capsys):
