@@ -154,8 +154,8 @@ class TownInstructionSettings:
 
 
 ASSISTANT = TownInstructionSettings(unasked_steps_share=0.1)
-"""what the course's assistant learns from: demonstrations are of several hands, and a habit that none of them shows is one
-that reinforcement learning cannot find"""
+"""what the course's assistant learns from: demonstrations of several hands, because reinforcement learning cannot find
+a habit that none of them shows"""
 
 
 class TownInstructions:
