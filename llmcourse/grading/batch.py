@@ -107,14 +107,15 @@ def write_results(
     submissions: Path, key: AssignmentKey, report: Path, graded: Sequence[Graded]
 ) -> list[Grade]:
     """Write the tables of a batch: what the students wrote, and their points with the marks given so far."""
-    from llmcourse.grading.manual import load_marks, open_marks
+    from llmcourse.grading.manual import files_to_decide, load_marks, open_marks
     from llmcourse.grading.reports.exports import write_answers, write_grades
     from llmcourse.grading.reports.results import assemble
 
     grades = finish(key, graded)
     written = {one.grade.student: one.written for one in graded}
     write_answers(report, {one.grade.student: (one.answers, one.written) for one in graded})
-    marks = load_marks(report, open_marks(key, grades, written))
+    files = files_to_decide(submissions, key.name, grades)
+    marks = load_marks(report, open_marks(key, grades, written, files))
     write_grades(report, key, assemble(grades, read_index(submissions), marks))
     return grades
 

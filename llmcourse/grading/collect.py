@@ -65,11 +65,13 @@ class Collected:
     assignment: str
     students: list[Student]
     ignored: list[Refused]
+    layout: str = "flat"
 
     def lines(self) -> list[str]:
         """What to tell the instructor."""
         there = [student for student in self.students if student.notebook]
-        lines = [f"{self.assignment}: {len(there)} notebooks of {len(self.students)} students"]
+        counts = f"{len(there)} notebooks of {len(self.students)} students"
+        lines = [f"{self.assignment}: {counts} (layout {self.layout})"]
         lines += [f"{one.id}: {one.problem}" for one in self.students if one.problem]
         for owner, items in [("", self.ignored), *((one.id, one.ignored) for one in self.students)]:
             lines += [
@@ -103,7 +105,7 @@ def collect(
     submissions = Path(submissions)
     known = _record(submissions)
     with opened(Path(source)) as incoming:
-        handed, outside = find_layout(incoming, layout)
+        handed, outside, layout = find_layout(incoming, layout)
         name = assignment or _only_assignment(handed, Path(source), key)
         grade_ids = _grade_ids(key, name)
         if known and known["assignment"] != name:
@@ -116,7 +118,7 @@ def collect(
     record = {**known.get("students", {}), **{one.id: one.to_json() for one in students}}
     content = {"version": VERSION, "assignment": name, "students": dict(sorted(record.items()))}
     write_atomically(submissions / RECORD, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    return Collected(name, students, refused)
+    return Collected(name, students, refused, layout)
 
 
 def _refuse_same_folders(handed: Iterable[Handed]) -> None:
@@ -232,13 +234,14 @@ def _fit(data: bytes, assignment: str, grade_ids: set[str]) -> int:
 
 
 def _support(handed: Handed, student: Student, folder: Path) -> None:
-    """Keep the files that may be needed beside a notebook, by their kind."""
+    """Keep the files that may be needed beside a notebook, by their kind; of an earlier hand-in nothing is left."""
     room = MAX_SUPPORT_BYTES
-    for file in handed.files:
+    for file in reversed(handed.files):  # the latest of one name counts
         suffix = Path(file.name).suffix.lower()
         if suffix == ".ipynb":
             continue
-        name = re.sub(r"[^A-Za-z0-9._-]", "_", file.name)[-100:].lstrip(".")
+        own = handed.names.get(file.path, file.name)
+        name = re.sub(r"[^A-Za-z0-9._-]", "_", own)[-100:].lstrip(".")
         reason = ""
         if name.lower() == "timestamp.txt":
             reason = "the time is what the platform says"
@@ -260,6 +263,10 @@ def _support(handed: Handed, student: Student, folder: Path) -> None:
                 reason = str(error)
         if reason:
             student.ignored.append(Refused(printable(file.path), reason))
+    student.kept.sort()
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name not in student.kept and not path.is_dir():
+            path.unlink()
 
 
 def folder_name(student: str) -> str:

@@ -5,8 +5,9 @@ Nothing heavy is imported before a command runs, so that `--help` answers at onc
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -231,8 +232,18 @@ def _serve(
             f"marking page: {server.address}\nCtrl-C ends it; every mark is stored when it is given",
             flush=True,
         )
-        if browser:
-            import webbrowser
+        with _opened(server.address) if browser else contextlib.nullcontext():
+            server.serve()
 
-            webbrowser.open(server.address)
-        server.serve()
+
+@contextlib.contextmanager
+def _opened(address: str) -> Iterator[None]:
+    """A page open in the browser, by way of a file: other users of a machine can read the arguments of programs."""
+    import tempfile
+    import webbrowser
+
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder, "marking.html")
+        page.write_text(f'<meta http-equiv="refresh" content="0; url={address}">', encoding="utf-8")
+        webbrowser.open(page.as_uri())
+        yield

@@ -14,7 +14,7 @@ CANVAS = re.compile(r"(?P<name>[^_/]*)_(?P<late>LATE_)?(?P<user>\d+)_(?P<submiss
 MOODLE_FOLDER = re.compile(r"(?P<name>.*)_(?P<user>\d+)_assignsubmission_(?:file|onlinetext)_?")
 MOODLE_FILE = re.compile(r"(?P<name>.*)_(?P<user>\d+)_assignsubmission_(?:file|onlinetext)_(?P<file>[^/]+)")
 METADATA = "submission_metadata.yml"
-AGAIN = re.compile(r"^(?P<stem>.*?)(?:-(?P<canvas>\d+)| \((?P<browser>\d+)\))?$")
+AGAIN = re.compile(r"^(?P<stem>.*?)(?:-(?P<canvas>[1-9]\d?)| \((?P<browser>\d+)\))?$")
 ASSIGNMENT = re.compile(r"^(?P<student>.+?)[ _-]+\d\d_[a-z][a-z0-9_]*$")
 UNKNOWN = "its name says no student"
 
@@ -29,6 +29,7 @@ class Handed:
         ids: platform -> id.
         submitted: time or remark of the platform, or "".
         files: all files.
+        names: path -> the name that the student gave the file, where the platform has added to it.
     """
 
     student: str
@@ -36,10 +37,11 @@ class Handed:
     ids: dict[str, str] = field(default_factory=dict)
     submitted: str = ""
     files: list[Incoming] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict)
 
 
-def find_layout(incoming: Archive | Folder, layout: str = "auto") -> tuple[list[Handed], list[Refused]]:
-    """The students' files, and those that are no student's.
+def find_layout(incoming: Archive | Folder, layout: str = "auto") -> tuple[list[Handed], list[Refused], str]:
+    """The students' files, those that are no student's, and the layout.
 
     Args:
         incoming: the source.
@@ -51,10 +53,20 @@ def find_layout(incoming: Archive | Folder, layout: str = "auto") -> tuple[list[
     if layout not in ("auto", *LAYOUTS):
         raise ValueError(f"layout {layout!r}: choose auto, {', '.join(LAYOUTS)}")
     files = incoming.files
-    handed, outside = LAYOUTS[_guess(files) if layout == "auto" else layout](files)
+    if layout == "auto":
+        layout = _guess(files)
+        if layout == "flat":
+            _refuse_class_in_folder(files)
+        if layout != "flat" and _top(files) and isinstance(incoming, Folder):
+            # it may be the folder of a single student, whose names could be meant to mislead
+            raise ValueError(
+                f"everything lies in the folder {printable(_top(files))}: collect from that folder itself, or say "
+                f"--layout {layout}"
+            )
+    handed, outside = LAYOUTS[layout](files)
     if not handed:
         raise ValueError(f"no student's file was found in the layout {layout!r}: choose {', '.join(LAYOUTS)}")
-    return sorted(handed, key=lambda one: one.student), outside
+    return sorted(handed, key=lambda one: one.student), outside, layout
 
 
 def _guess(files: list[Incoming]) -> str:
@@ -97,7 +109,8 @@ def _canvas(files: list[Incoming]) -> tuple[list[Handed], list[Refused]]:
         match = items[-1][2]
         late = "late" if match["late"] else ""
         files_of = [file for _, file, _ in items]
-        handed.append(Handed(user, match["name"], {"canvas": user}, late, files_of))
+        names = {file.path: _without_number(match["file"]) for _, file, match in items}
+        handed.append(Handed(user, match["name"], {"canvas": user}, late, files_of, names))
     return handed, outside
 
 
@@ -111,7 +124,12 @@ def _moodle(files: list[Incoming]) -> tuple[list[Handed], list[Refused]]:
             outside.append(Refused(printable(file.path), UNKNOWN))
             continue
         user = match["user"]
-        found.setdefault(user, Handed(user, match["name"], {"moodle": user})).files.append(file)
+        one = found.setdefault(user, Handed(user, match["name"], {"moodle": user}))
+        one.files.append(file)
+        if "file" in match.groupdict():
+            one.names[file.path] = match["file"]
+    for one in found.values():
+        one.files.sort(key=_in_order)
     return list(found.values()), outside
 
 
@@ -139,7 +157,7 @@ def _gradescope(files: list[Incoming]) -> tuple[list[Handed], list[Refused]]:
             one = found.setdefault(student, Handed(student))
             one.name, one.submitted = text["name"], _time(record)
             one.ids = {platform: value for platform, value in ids.items() if value}
-            one.files = [*one.files, *folders.get(folder, [])]
+            one.files = [*one.files, *sorted(folders.get(folder, []), key=_in_order)]
     return list(found.values()), outside
 
 
@@ -176,14 +194,51 @@ def _flat(files: list[Incoming]) -> tuple[list[Handed], list[Refused]]:
         if len(file.parts) > 1:
             student = file.parts[0]
         elif file.name.lower().endswith(".ipynb"):
-            stem = AGAIN.fullmatch(file.name[: -len(".ipynb")])["stem"]  # type: ignore[index]
-            named = ASSIGNMENT.fullmatch(stem)
-            student = named["student"] if named else stem
+            student = _named_student(file.name)
         else:
             outside.append(Refused(printable(file.path), UNKNOWN))
             continue
         found.setdefault(student, Handed(student)).files.append(file)
     return list(found.values()), outside
+
+
+def _named_student(name: str) -> str:
+    """The student that a notebook is named for: "s001 (1).ipynb" and "s001_11_peft-2.ipynb" are of s001, but
+    "student-01.ipynb" is of student-01."""
+    stem = name[: -len(".ipynb")]
+    match = AGAIN.fullmatch(stem)
+    if match and (match["browser"] or ASSIGNMENT.fullmatch(match["stem"])):
+        stem = match["stem"]
+    named = ASSIGNMENT.fullmatch(stem)
+    return named["student"] if named else stem
+
+
+def _refuse_class_in_folder(files: list[Incoming]) -> None:
+    """A folder around a whole class would be taken for one student.
+
+    Raises:
+        ValueError: everything lies in one folder, and more than one entry of it holds a notebook.
+    """
+    top = _top(files)
+    inside = [file.path.removeprefix(top) for file in files if file.name.lower().endswith(".ipynb")]
+    owners = {path.split("/")[0] if "/" in path else f"{_named_student(path)}.ipynb" for path in inside}
+    if top and len(owners) > 1:
+        raise ValueError(
+            f"everything lies in the folder {printable(top)}: collect from that folder itself, or say --layout flat if it "
+            "is one student's"
+        )
+
+
+def _without_number(name: str) -> str:
+    """A file's name without the number that a platform adds when it is handed in again."""
+    stem, dot, suffix = name.rpartition(".")
+    match = AGAIN.fullmatch(stem or name)
+    return f"{match['stem']}{dot}{suffix}" if match and stem and match["canvas"] else name
+
+
+def _in_order(file: Incoming) -> tuple[int, str]:
+    """Files of one submission, the latest last."""
+    return _again(file.name), file.path
 
 
 def _again(name: str) -> int:

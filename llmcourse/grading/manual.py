@@ -8,12 +8,15 @@ The question "automatic" stands for the points of a submission that the grader l
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import hashlib
 import io
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from llmcourse.durable import text_digest
@@ -52,7 +55,10 @@ class Mark:
 
 
 def open_marks(
-    key: AssignmentKey, grades: Iterable[Grade], written: Mapping[str, Mapping[str, str]]
+    key: AssignmentKey,
+    grades: Iterable[Grade],
+    written: Mapping[str, Mapping[str, str]],
+    notebooks: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Mark]:
     """All that a person has to mark, nothing marked yet.
 
@@ -60,20 +66,40 @@ def open_marks(
         key: the assignment, with its manual questions.
         grades: of all students; those whose points are not decided get the question "automatic".
         written: student -> grade_id -> text of the answer.
+        notebooks: student -> digest of the file, for those whose points are not decided: a decision is about this file.
     """
     found = []
     for grade in grades:
         if not grade.decided:
             title = f"Points of the exercises ({grade.verdict}: {one_line(grade.note)})"
-            digest = text_digest(f"{grade.verdict}{grade.note}{grade.points}")[:16]
+            file = notebooks.get(grade.student, "")
+            digest = _digest(f"{grade.verdict}{grade.note}{grade.points}{file}")
             found.append(Mark(grade.student, AUTOMATIC, title, grade.max_points, answer=digest))
         for question in key.manifest.manual:
             text = written.get(grade.student, {}).get(question.grade_id, "")
-            digest = text_digest(text)[:16]
+            digest = _digest(text)
             found.append(
                 Mark(grade.student, question.grade_id, question.title, question.points, answer=digest)
             )
     return found
+
+
+def files_to_decide(submissions: Path, assignment: str, grades: Iterable[Grade]) -> dict[str, str]:
+    """Digest of the notebook of each student whose points are not decided, as far as it can be read."""
+    from llmcourse.grading.station import read_notebook
+
+    found = {}
+    for grade in grades:
+        if not grade.decided:
+            with contextlib.suppress(OSError, ValueError):
+                data = read_notebook(submissions / grade.student / f"{assignment}.ipynb")
+                found[grade.student] = hashlib.sha256(data).hexdigest()
+    return found
+
+
+def _digest(text: str) -> str:
+    """A short digest that no spreadsheet takes for a number."""
+    return f"a-{text_digest(text)[:16]}"
 
 
 def load_marks(report: Path, expected: Iterable[Mark]) -> list[Mark]:
@@ -102,7 +128,7 @@ def write_sheet(path: Path, marks: Iterable[Mark]) -> None:
     table.writerow(COLUMNS)
     for mark in sorted(marks, key=lambda mark: (mark.question, mark.student)):
         row = (mark.student, mark.question, mark.title, number(mark.max_points), number(mark.points))
-        table.writerow([cell(value) for value in (*row, mark.comment, mark.answer)])
+        table.writerow([*map(cell, row), cell(mark.comment, lines=True), mark.answer])
     write_atomically(path, out.getvalue())
 
 
@@ -118,8 +144,9 @@ def read_sheet(path: Path) -> list[Mark]:
         raise ValueError(f"{path} is too large for a sheet of marks")
     try:
         text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a byte order mark in front
-        dialect = csv.Sniffer().sniff(text.split("\n", 1)[0], delimiters=",;\t")
-        rows = list(csv.DictReader(io.StringIO(text), dialect=dialect))
+        # only the delimiter: what else the sniffer thinks of a header is wrong for texts with quotation marks
+        delimiter = csv.Sniffer().sniff(text.split("\n", 1)[0], delimiters=",;\t").delimiter
+        rows = list(csv.DictReader(io.StringIO(text), delimiter=delimiter))
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no table in UTF-8 ({error}): save the sheet as CSV") from None
     missing = {"student", "question", "max_points", "points", "answer"} - set(rows[0] if rows else COLUMNS)
@@ -153,12 +180,46 @@ def _number(text: str, where: str, what: str) -> float:
     return value
 
 
+@contextlib.contextmanager
+def _locked(report: Path) -> Iterator[None]:
+    """The marks for this process alone: the page, a second page and `--merge` may all write them."""
+    from filelock import FileLock, Timeout
+
+    report.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(report / ".marks.lock", timeout=10)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"another program writes the marks of {report}: try again when it is done") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def store(report: Path, marks: Iterable[Mark], changed: Mark) -> list[Mark]:
+    """Store one mark, given or taken back, beside what others have stored meanwhile; returns all marks.
+
+    Args:
+        report: the report folder.
+        marks: all marks as they stood.
+        changed: the mark as it shall be.
+    """
+    place = (changed.student, changed.question)
+    with _locked(report):
+        current = [
+            changed if (mark.student, mark.question) == place else mark for mark in load_marks(report, marks)
+        ]
+        write_sheet(report / MARKS, current)
+    return current
+
+
 def merge(report: Path, marks: Iterable[Mark], filled: Iterable[Mark]) -> int:
     """Take over a filled sheet's points and comments, and store all marks.
 
     Args:
         report: the report folder.
-        marks: all marks as they stand.
+        marks: all marks as they stood; what others have stored meanwhile is kept.
         filled: rows of the sheet; rows without points change nothing.
 
     Returns:
@@ -167,7 +228,14 @@ def merge(report: Path, marks: Iterable[Mark], filled: Iterable[Mark]) -> int:
     Raises:
         ValueError: a row is of an unknown student or question, or of an answer that has changed; nothing is stored.
     """
-    known = {(mark.student, mark.question): mark for mark in marks}
+    with _locked(report):
+        known = {(mark.student, mark.question): mark for mark in load_marks(report, marks)}
+        taken = _take_over(known, filled)
+        write_sheet(report / MARKS, known.values())
+    return taken
+
+
+def _take_over(known: dict[tuple[str, str], Mark], filled: Iterable[Mark]) -> int:
     taken = 0
     for row in filled:
         place = (row.student, row.question)
@@ -190,5 +258,4 @@ def merge(report: Path, marks: Iterable[Mark], filled: Iterable[Mark]) -> int:
             )
         known[place] = replace(mark, points=row.points, comment=row.comment)
         taken += 1
-    write_sheet(report / MARKS, known.values())
     return taken

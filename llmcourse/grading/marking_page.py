@@ -19,7 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from llmcourse.grading.manual import Mark, merge
+from llmcourse.grading import manual
+from llmcourse.grading.manual import Mark
 from llmcourse.grading.reports.pages import environment, shown_outputs
 from llmcourse.grading.reports.text import one_line
 
@@ -190,9 +191,9 @@ class MarkingServer:
             if points is not None and not 0 <= points <= mark.max_points:
                 raise ValueError(f"points {points:g} must lie between 0 and {mark.max_points:g}")
             comment = form.get("comment", "")[:MAX_COMMENT]
-            changed = {**self.marks, place: replace(mark, points=points, comment=comment)}
-            merge(self.report, changed.values(), ())
-            self.marks = changed
+            changed = replace(mark, points=points, comment=comment)
+            current = manual.store(self.report, self.marks.values(), changed)
+            self.marks = {(one.student, one.question): one for one in current}
         return f"question?name={urllib.parse.quote(mark.question, safe='')}#{_anchor(mark.student)}"
 
     def _render(self, **more: Any) -> str:

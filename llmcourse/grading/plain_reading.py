@@ -10,7 +10,8 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ MAX_NODES = 400_000
 """parts of one value; each costs the reader some 100 bytes of memory, however few bytes it has"""
 MAX_INT_BITS = 4096
 MAX_DIMENSIONS = 16
+MAX_SAME_HASH = 64
 
 
 class PlainError(ValueError):
@@ -119,6 +121,7 @@ class _Reader:
     def pairs(self, content: Any) -> dict[Any, Any]:
         """The dictionary of a list of pairs."""
         pairs = [(self.read(key), self.read(item)) for key, item in _typed(content, list)]
+        check_hashes(key for key, _ in pairs)
         found = dict(pairs)
         if len(found) != len(pairs):
             raise PlainError("a dictionary of plain data has a key twice")
@@ -255,8 +258,20 @@ def _range(reader: _Reader, content: Any) -> range:
     return range(start, stop, step)
 
 
+def check_hashes(items: Iterable[Any]) -> None:
+    """Refuse keys of which many have one hash: a set or dictionary of them takes time quadratic in their number."""
+    most = max(Counter(map(hash, items)).values(), default=0)
+    if most > MAX_SAME_HASH:
+        raise PlainError(f"{most} keys of a set or dictionary have the same hash")
+
+
 def _set(kind: type) -> Callable[[_Reader, Any], Any]:
-    return lambda reader, content: kind(reader.items(content))
+    def read_set(reader: _Reader, content: Any) -> Any:
+        items = reader.items(content)
+        check_hashes(items)
+        return kind(items)
+
+    return read_set
 
 
 def _size(reader: _Reader, content: Any) -> torch.Size:

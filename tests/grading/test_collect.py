@@ -46,11 +46,11 @@ def test_canvas(tmp_path, notebook):
     students = record(tmp_path / "out")["students"]
     assert record(tmp_path / "out")["assignment"] == NAME and record(tmp_path / "out")["version"] == 1
     assert students["1001"]["name"] == "dayjane" and students["1001"]["ids"] == {"canvas": "1001"}
-    assert students["1001"]["files"] == ["dayjane_1001_5002_lab-10x.csv"]
+    assert students["1001"]["files"] == ["lab-10x.csv"]
     assert [student["submitted"] for student in students.values()] == ["", "late", "", ""]
     assert students["1004"]["problem"] == "no notebook is among the files that were handed in"
     assert students["1004"]["ignored"][0]["reason"] == "files of this kind are not used"
-    assert found.lines()[0] == "07_hardware: 3 notebooks of 4 students"
+    assert found.lines()[0] == "07_hardware: 3 notebooks of 4 students (layout canvas)"
     assert [item.path for item in found.ignored] == ["readme.txt"]
 
 
@@ -64,7 +64,10 @@ def test_moodle(tmp_path, folder, notebook, top):
         "Jo Poe_203_assignsubmission_file_lab.ipynb": notebook,
     }
     source = write(folder, {top + name: data for name, data in names.items()})
-    found = collect(source, tmp_path / "out")
+    if top:  # it could be the folder of one student
+        with pytest.raises(ValueError, match="everything lies in the folder Lab 7/.*--layout moodle"):
+            collect(source, tmp_path / "out")
+    found = collect(source, tmp_path / "out", layout="moodle" if top else "auto")
     assert [student.id for student in found.students] == ["201", "202", "203"]
     assert everything(tmp_path / "out") == {
         "submissions.json",
@@ -198,10 +201,10 @@ def test_a_notebook_that_lost_its_metadata_is_known_by_its_cells(tmp_path, folde
     write(folder, {"s001/a.ipynb": data, "s001/b.ipynb": json.dumps(other).encode()})
     key = Key.create(tmp_path / "key", tiny_release.key.secret)
     key.save(tiny_release.key)
-    found = collect(folder, tmp_path / "out", tmp_path / "key")
+    found = collect(folder, tmp_path / "out", tmp_path / "key", layout="flat")
     assert found.students[0].notebook == "s001/a.ipynb"
     with pytest.raises(ValueError, match="--assignment"):
-        collect(folder, tmp_path / "other")
+        collect(folder, tmp_path / "other", layout="flat")
 
 
 def test_x5_names_become_harmless_folders(tmp_path, folder):
@@ -250,6 +253,75 @@ def test_collecting_again_keeps_the_others_and_takes_the_newer(tmp_path, folder,
     (tmp_path / "out/submissions.json").write_text("[]")
     with pytest.raises(ValueError, match="damaged"):
         collect(again, tmp_path / "out")
+
+
+def test_files_keep_the_names_that_the_students_gave_them(tmp_path, notebook):
+    shard = "model-00001-of-00002.safetensors"
+    source = zipped(
+        tmp_path / "canvas.zip",
+        {
+            "dayjane_1001_5001_lab.ipynb": notebook,
+            "dayjane_1001_5001_config.json": b"old",
+            "dayjane_1001_5002_config-2.json": b"newest",
+            "dayjane_1001_5002_config-1.json": b"newer",
+            f"dayjane_1001_5001_{shard}": b"shard",
+        },
+    )
+    assert collect(source, tmp_path / "out").students[0].kept == ["config.json", shard]
+    files = tmp_path / "out/1001/07_hardware.files"
+    assert (files / "config.json").read_bytes() == b"newest"
+    names = {f"Jo Poe_203_assignsubmission_file_{name}": notebook for name in ("lab.ipynb", "config.json")}
+    source = zipped(tmp_path / "moodle.zip", names | {"Li_204_assignsubmission_file_/lab.ipynb": notebook})
+    assert collect(source, tmp_path / "moodle").students[0].kept == ["config.json"]
+
+
+def test_files_of_an_earlier_hand_in_are_gone(tmp_path, folder, notebook):
+    files = {"s001/lab.ipynb": notebook, "s001/predictions.jsonl": b"{}", "s001/data.json": b"1"}
+    write(folder, files | {"s002/lab.ipynb": notebook})
+    collect(folder, tmp_path / "out")
+    again = write(tmp_path / "again", {"s001/lab.ipynb": notebook, "s001/data.json": b"2"})
+    collect(again, tmp_path / "out")
+    assert everything(tmp_path / "out/s001") == {"07_hardware.ipynb", "07_hardware.files/data.json"}
+    assert (tmp_path / "out/s001/07_hardware.files/data.json").read_bytes() == b"2"
+
+
+@pytest.mark.parametrize("layout", ["moodle", "gradescope"])
+def test_of_two_notebooks_of_a_submission_the_later_counts(tmp_path, notebook, layout):
+    folders = {"moodle": "Jo_203_assignsubmission_file_", "gradescope": "submission_12"}
+    names = {f"{folders[layout]}/lab.ipynb": b"{", f"{folders[layout]}/lab (1).ipynb": notebook}
+    names |= {"Li_204_assignsubmission_file_/lab.ipynb": notebook} if layout == "moodle" else {}
+    names |= {"submission_metadata.yml": GRADESCOPE.encode()} if layout == "gradescope" else {}
+    found = collect(zipped(tmp_path / "a.zip", names), tmp_path / "out", layout=layout)
+    student = next(one for one in found.students if one.notebook)
+    assert student.notebook == f"{folders[layout]}/lab (1).ipynb"
+
+
+def test_numbers_in_the_names_of_students_are_theirs(tmp_path, folder, notebook):
+    names = ["student-01.ipynb", "student-02.ipynb", "2024-001.ipynb", "ada-2_07_hardware-3.ipynb"]
+    write(folder, dict.fromkeys([*names, "student-01 (2).ipynb"], notebook))
+    found = [student.id for student in collect(folder, tmp_path / "out").students]
+    assert found == ["2024-001", "ada-2", "student-01", "student-02"]
+
+
+@pytest.mark.parametrize("inside", ["{}.ipynb", "{}/lab.ipynb"])
+def test_a_folder_around_the_class_is_no_student(tmp_path, folder, notebook, inside):
+    write(folder, {f"incoming/{inside.format(name)}": notebook for name in ("s001", "s002")})
+    with pytest.raises(ValueError, match="everything lies in the folder incoming/.*one student's"):
+        collect(folder, tmp_path / "out")
+    assert len(collect(folder / "incoming", tmp_path / "out").students) == 2
+
+
+@pytest.mark.parametrize("layout", ["gradescope", "canvas"])
+def test_a_lone_student_cannot_choose_the_layout(tmp_path, folder, notebook, layout):
+    names = {
+        "gradescope": ["submission_metadata.yml", "submission_11/lab.ipynb"],
+        "canvas": ["x_1001_1_lab.ipynb"],
+    }
+    content = {"submission_metadata.yml": GRADESCOPE.encode()}
+    write(folder, {f"s009/{name}": content.get(name, notebook) for name in names[layout]})
+    with pytest.raises(ValueError, match=f"everything lies in the folder s009/.*--layout {layout}"):
+        collect(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_arguments(tmp_path, folder):

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 
+from llmcourse.grading.grades import Item
 from llmcourse.grading.manual import AUTOMATIC
 from llmcourse.grading.reports.exports import (
     FORMATS,
@@ -122,8 +123,10 @@ def test_moodle_columns_and_escaped_feedback(key, results):
 
 def test_gradescope_has_no_score_for_what_is_open(results):
     done, waiting = gradescope_json(results[1]), gradescope_json(results[2])
-    assert done["score"] == sum(test["score"] for test in done["tests"]) == results[1].grade.points
-    assert {test["status"] for test in done["tests"]} == {"passed", "failed"}
+    assert done["score"] == sum(test["score"] for test in done["tests"]) == results[1].total
+    assert {test.get("status") for test in done["tests"]} == {"passed", "failed", None}
+    unmarked = replace(results[1], marks=tuple(replace(mark, points=None) for mark in results[1].marks))
+    assert "score" not in gradescope_json(unmarked) and "not marked" in gradescope_json(unmarked)["output"]
     assert "score" not in waiting and waiting["tests"] == [] and "a person decides" in waiting["output"]
     assert "17" not in json.dumps(done), "the detail holds hidden inputs"
 
@@ -171,6 +174,8 @@ def test_without_nbgrader_its_format_is_one_line(tmp_path, key, results, monkeyp
 
 def test_gradebook_of_nbgrader(tmp_path, key, results):
     pytest.importorskip("nbgrader.api", reason="nbgrader is not installed")
+    files = Item("files", "Submitted files", 3.0, 5.0, "partly", "")
+    results[0] = replace(results[0], grade=results[0].grade.with_item(files, Verdict.GRADED, ()))
     path = export(tmp_path, key, results, "nbgrader")
     export(tmp_path, key, results, "nbgrader")
     with sqlite3.connect(path) as database:

@@ -12,10 +12,20 @@ from dataclasses import replace
 import pytest
 from bs4 import BeautifulSoup
 
-from llmcourse.grading.manual import AUTOMATIC, Mark, load_marks, merge, open_marks, read_sheet, write_sheet
+from llmcourse.grading.manual import (
+    AUTOMATIC,
+    Mark,
+    files_to_decide,
+    load_marks,
+    merge,
+    open_marks,
+    read_sheet,
+    store,
+    write_sheet,
+)
 from llmcourse.grading.marking_page import MarkingServer
 from llmcourse.grading.verdicts import Verdict
-from tests.grading.hand_ins import make_grade
+from tests.grading.hand_ins import make_grade, write_hand_ins
 
 QUESTION = "hardware-why"
 HOSTILE = "</pre><script>alert(1)</script>"
@@ -85,6 +95,44 @@ def test_a_mark_counts_for_the_answer_it_was_given_for(tmp_path, key, grades, ma
         merge(tmp_path, later, [replace(marks[0], points=2.0)])
 
 
+def test_texts_with_quotation_marks_commas_and_lines_come_back(tmp_path, marks):
+    comment = '"memory-bound" is right, but no number.\nSee "roofline", page 3' + 3900 * "x"
+    title = 'What does "memory-bound" mean, in numbers?'
+    given = [replace(mark, title=title, comment=comment, points=1.0) for mark in marks]
+    write_sheet(tmp_path / "sheet.csv", given)
+    by_place = {(mark.student, mark.question): mark for mark in read_sheet(tmp_path / "sheet.csv")}
+    assert by_place == {(mark.student, mark.question): mark for mark in given}
+    assert merge(tmp_path, marks, read_sheet(tmp_path / "sheet.csv")) == 3
+    assert [mark.comment for mark in load_marks(tmp_path, marks)] == [comment] * 3
+
+
+def test_no_digest_is_a_number_to_a_spreadsheet(marks):
+    assert all(mark.answer.startswith("a-") for mark in marks)
+
+
+def test_a_decision_is_about_the_file_that_was_read(tmp_path, key, grades):
+    written = {"s001": {}, "s002": {}}
+    first, second = (
+        open_marks(key, grades, written, {"s002": digest}) for digest in ("one file", "another file")
+    )
+    merge(tmp_path, first, [replace(mark, points=1.0) for mark in first])
+    assert [mark.points for mark in load_marks(tmp_path, first)] == [1.0, 1.0, 1.0]
+    decision = next(mark for mark in load_marks(tmp_path, second) if mark.question == AUTOMATIC)
+    assert decision.points is None
+    folder = write_hand_ins(tmp_path / "in", key, {"s001": b"{", "s002": b"{"})
+    assert list(files_to_decide(folder, key.name, grades)) == ["s002"]
+
+
+def test_marks_that_others_store_meanwhile_are_kept(tmp_path, marks):
+    by_question = {(mark.student, mark.question): mark for mark in marks}
+    store(tmp_path, marks, replace(by_question["s001", QUESTION], points=2.0))
+    merge(tmp_path, marks, [replace(by_question["s002", AUTOMATIC], points=3.0)])
+    found = store(tmp_path, marks, replace(by_question["s002", QUESTION], points=1.0, comment="c"))
+    assert found == load_marks(tmp_path, marks) and {mark.points for mark in found} == {1.0, 2.0, 3.0}
+    found = store(tmp_path, found, by_question["s001", QUESTION])  # taken back
+    assert [mark.points for mark in found if mark.student == "s001"] == [None]
+
+
 @pytest.mark.parametrize("value", ["-1", "2.6", "x", "nan", "inf", "1e99"])
 def test_bad_points_name_their_line_and_store_nothing(tmp_path, marks, value):
     sheet = tmp_path / "sheet.csv"
@@ -128,6 +176,14 @@ def server(tmp_path, marks):
         yield found
         found.close()
         thread.join(5)
+
+
+def test_a_long_answer_and_a_long_comment_are_whole(tmp_path, marks):
+    answer, comment = "word " * 1000 + "end", "c " * 1500 + "end"
+    given = [replace(mark, comment=comment) for mark in marks]
+    with MarkingServer("Lab", tmp_path, given, {"s001": {QUESTION: answer}}, lambda mark: {}) as server:
+        page = BeautifulSoup(server.question(QUESTION), "html.parser")
+    assert page.find("textarea").get_text() == comment and page.find("pre").get_text() == answer
 
 
 def ask(server, path, method="GET", form=None, headers=None):

@@ -149,6 +149,15 @@ def test_what_is_no_plain_data_is_refused_and_named(value):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
+@pytest.mark.parametrize("kind", ["set", "frozenset", "dict"])
+def test_keys_of_one_hash_are_refused(kind):
+    """A hundred thousand of them would take hours, in one call that nothing interrupts."""
+    keys = [{"int": hex(n * (2**61 - 1))} for n in range(1, 100_000)]
+    content = [[key, 0] for key in keys[:50_000]] if kind == "dict" else keys
+    with pytest.raises(PlainError, match="have the same hash"):
+        decode(json.dumps({kind: content}).encode())
+
+
 def test_too_much_is_refused_before_it_is_built():
     for value in (
         "x" * 2000,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from llmcourse.grading.grades import Grade
 from llmcourse.grading.manual import AUTOMATIC
 from llmcourse.grading.reports.results import Result
-from llmcourse.grading.reports.text import cell, number, one_line
+from llmcourse.grading.reports.text import MAX_CELL, cell, clean, number, one_line
 from llmcourse.labs.results import write_atomically
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def feedback_lines(result: Result) -> list[str]:
     ]
     for mark in result.marks:
         if mark.points is not None:
-            comment = f" {one_line(mark.comment, 2000)}" if mark.comment else ""
+            comment = f" {one_line(mark.comment, MAX_CELL)}" if mark.comment else ""
             title = "Exercises" if mark.question == AUTOMATIC else one_line(mark.title)
             lines.append(f"{title}: {number(mark.points)} of {number(mark.max_points)}.{comment}")
     return lines + ([f"Open: {result.open}."] if result.open else [])
@@ -180,7 +180,7 @@ def feedback_lines(result: Result) -> list[str]:
 def gradescope_json(result: Result) -> dict[str, Any]:
     """The `results.json` of one submission for Gradescope's autograder.
 
-    A submission that a person has to decide about has no score, so that Gradescope shows it as not graded.
+    While anything is open there is no score, so that Gradescope shows the submission as not graded.
     """
     tests: list[dict[str, Any]] = [
         {
@@ -194,6 +194,18 @@ def gradescope_json(result: Result) -> dict[str, Any]:
         }
         for item in (result.grade.items if result.grade.decided else ())
     ]
+    tests += [
+        {
+            "name": "Exercises" if mark.question == AUTOMATIC else one_line(mark.title),
+            "score": mark.points,
+            "max_score": mark.max_points,
+            "output": clean(mark.comment),
+            "output_format": "text",
+            "visibility": "after_published",
+        }
+        for mark in result.marks
+        if mark.points is not None
+    ]
     data: dict[str, Any] = {
         "visibility": "after_published",
         "stdout_visibility": "hidden",
@@ -205,7 +217,7 @@ def gradescope_json(result: Result) -> dict[str, Any]:
             "findings": [finding.kind for finding in result.grade.findings],
         },
     }
-    return data | ({"score": result.automatic} if result.automatic is not None else {})
+    return data | ({"score": result.total} if result.total is not None else {})
 
 
 def export(report: Path, key: AssignmentKey, results: Sequence[Result], form: str, column: str = "") -> Path:

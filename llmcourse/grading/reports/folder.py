@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmcourse.grading.manual import load_marks, open_marks
+from llmcourse.grading.manual import files_to_decide, load_marks, open_marks
 from llmcourse.grading.reports.exports import read_answers, read_grades
 from llmcourse.grading.reports.pages import class_page, student_page, write_page
 from llmcourse.grading.reports.results import Result, assemble
@@ -40,7 +40,8 @@ def load_results(
             f"{report} holds results of another release than {key}: grade again, or give the other folder"
         )
     written = {student: texts["written"] for student, texts in read_answers(report).items()}
-    marks = load_marks(report, open_marks(chosen, grades, written))
+    files = files_to_decide(submissions, chosen.name, grades)
+    marks = load_marks(report, open_marks(chosen, grades, written, files))
     return chosen, assemble(grades, read_index(submissions), marks)
 
 

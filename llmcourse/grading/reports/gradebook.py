@@ -41,7 +41,7 @@ def write_gradebook(path: Path, key: AssignmentKey, results: Sequence[Result]) -
     temporary.unlink(missing_ok=True)
     try:
         with _own_programs(), Gradebook(f"sqlite:///{temporary}") as gradebook:
-            _add_assignment(gradebook, key)
+            _add_assignment(gradebook, key, results)
             for result in results:
                 if result.automatic is not None:
                     _add_submission(gradebook, key, result)
@@ -69,11 +69,13 @@ def check_id(exercise: str) -> str:
     return f"{exercise.replace('/', '-')}-check"
 
 
-def _add_assignment(gradebook: Any, key: AssignmentKey) -> None:
+def _add_assignment(gradebook: Any, key: AssignmentKey, results: Sequence[Result]) -> None:
     gradebook.update_or_create_assignment(key.name)
     notebook = (key.name, key.name)
     gradebook.update_or_create_notebook(*notebook)
-    for exercise, points in key.manifest.points.items():
+    # submitted files are no exercise of the release
+    worth = {item.exercise: item.max_points for result in results for item in result.grade.items}
+    for exercise, points in (worth | dict(key.manifest.points)).items():
         gradebook.update_or_create_grade_cell(
             check_id(exercise), *notebook, max_score=points, cell_type="code"
         )

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 MAX_FIGURES, MAX_FIGURE_BYTES, MAX_PIXELS = 40, 2 << 20, 4_000_000
 MAX_OUTPUTS = 200
+MAX_PARAGRAPH = 20_000
 BARS = 11
 # Findings that a student can act on; the others are the instructor's.
 FOR_STUDENTS = frozenset(
@@ -55,9 +56,31 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     found.globals["forms"] = ""
-    found.filters |= {"points": number, "shown": clean, "page_address": page_address}
+    found.filters |= {"points": number, "shown": shown, "prose": prose, "whole": whole}
+    found.filters["page_address"] = page_address
     found.finalize = _finalize
     return found
+
+
+class _Shown(str):
+    """Text that is clean already; it is still escaped."""
+
+    __slots__ = ()
+
+
+def shown(text: str) -> str:
+    """Code and output: what is endless is cut."""
+    return _Shown(clean(text))
+
+
+def prose(text: str) -> str:
+    """What a person wrote for a person: a paragraph of Markdown is one line, and may be long."""
+    return _Shown(clean(text, max_line=MAX_PARAGRAPH))
+
+
+def whole(text: str) -> str:
+    """Text for a field that will be stored again: nothing is cut, nothing added."""
+    return _Shown(text)
 
 
 def _finalize(value: Any) -> Any:

@@ -9,6 +9,7 @@ ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 KEPT_CONTROLS = "\n\t"
 MAX_LINE, MAX_LINES = 400, 400
+MAX_CELL = 4000
 
 
 def clean(text: str, *, max_line: int = MAX_LINE, max_lines: int = MAX_LINES) -> str:
@@ -41,11 +42,11 @@ def _shown(character: str) -> bool:
     return character in KEPT_CONTROLS or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Cn")
 
 
-def cell(value: object) -> object:
-    """A value as a cell of a spreadsheet: text in one line that no program takes for a formula."""
+def cell(value: object, *, lines: bool = False) -> object:
+    """A value as a cell of a spreadsheet: text that no program takes for a formula, in one line unless `lines`."""
     if not isinstance(value, str):
         return value
-    text = one_line(value, 2000)
+    text = clean(value, max_line=MAX_CELL).strip() if lines else one_line(value, MAX_CELL)
     return f"'{text}" if text.startswith(FORMULA) else text
 
 
