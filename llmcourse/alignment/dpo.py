@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmcourse import runtime
 from llmcourse.alignment import preference_losses as losses
 from llmcourse.alignment.log_probs import response_lengths, response_log_probs
 from llmcourse.alignment.reference import (
@@ -320,12 +321,14 @@ def preference_evaluation(batches: EpochBatches, settings: DPOSettings) -> Evalu
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         device = next(model.parameters()).device
+        dtype = runtime.precision_dtype(settings.fit.precision, device)
         sums: dict[str, float] = {}
         units = 0
         for start in range(0, len(order), batches.batch_size):
             rows = order[start : start + batches.batch_size]
             batch = {name: value.to(device) for name, value in batches.collate(rows).items()}
-            total, count, metrics = loss(model, batch)
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                total, count, metrics = loss(model, batch)  # in the precision of the reference's numbers
             units += int(count)
             weighted = {name: float(value) * len(rows) / len(order) for name, value in metrics.items()}
             for name, value in (weighted | {"loss": float(total.detach())}).items():

@@ -134,12 +134,19 @@ def policy_probe(
         numbers = {"response_length": float(lengths.mean())}
         for name, values in (("kl", kl), ("true_reward", rewards)):
             numbers[name] = float(values.mean())
-            numbers[f"{name}_error"] = (
-                float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
-            )
+            numbers[f"{name}_error"] = _error_over_prompts(prompts, values)
         return numbers
 
     return evaluate
+
+
+def _error_over_prompts(prompts: Sequence[Sequence[int]], values: np.ndarray) -> float:
+    """Standard error of the mean; several samples of one prompt count as their mean, since they are alike."""
+    of_prompt: dict[tuple[int, ...], list[float]] = {}
+    for prompt, value in zip(prompts, values, strict=True):
+        of_prompt.setdefault(tuple(prompt), []).append(float(value))
+    means = [float(np.mean(some)) for some in of_prompt.values()]
+    return float(np.std(means, ddof=1) / math.sqrt(len(means))) if len(means) > 1 else 0.0
 
 
 @dataclass(frozen=True)

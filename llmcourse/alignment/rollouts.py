@@ -6,6 +6,8 @@ look.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 import time
 import warnings
@@ -22,6 +24,7 @@ from llmcourse.alignment.policy_losses import constant_groups, group_advantages
 from llmcourse.alignment.rewards import Scorer, checked
 from llmcourse.alignment.shared_prompt import group_log_probs
 from llmcourse.data.packing import IGNORE
+from llmcourse.data.streaming import check_identity
 from llmcourse.inference.generation import TextCodec, generate
 from llmcourse.inference.sampling import SamplingParams
 from llmcourse.inference.test_time import room_for
@@ -193,13 +196,37 @@ class RolloutSource:
         """The rounds so far, how much of the last is used, and its rows while they are needed, as plain data."""
         is_spent = self._used == self.settings.micro_batches
         rows = {} if is_spent else {name: values.tolist() for name, values in self._rows.items()}
-        return {"used": self._used, "rounds": [dict(one) for one in self.rounds], "rows": rows}
+        rounds = [dict(one) for one in self.rounds]
+        return {"identity": self._identity(), "used": self._used, "rounds": rounds, "rows": rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a position, with the rows that were in use there."""
+        """Go to a position, with the rows that were in use there.
+
+        Raises:
+            ValueError: it is of other prompts or settings, or, with several processes, in the middle of a round: the
+                state holds the rows of one process.
+        """
+        check_identity("rollouts", state["identity"], self._identity())
+        if state["rows"] and self.world_size > 1:
+            raise ValueError(
+                "the saved run of several processes was in the middle of a round, and only one process's rows were "
+                "saved: resume from a checkpoint at the end of a round (checkpoint_every a multiple of its steps)"
+            )
         device = next(self.model.parameters()).device
         self._used, self.rounds = state["used"], [dict(one) for one in state["rounds"]]
         self._rows = {name: torch.tensor(values, device=device) for name, values in state["rows"].items()}
+
+    def _identity(self) -> dict[str, Any]:
+        digest = hashlib.sha256(json.dumps([list(map(int, prompt)) for prompt in self.prompts]).encode())
+        sizes = {
+            name: getattr(self.settings, name) for name in ("prompts", "group_size", "micro_batch", "epochs")
+        }
+        own = {
+            "seed": self.settings.seed,
+            "world_size": self.world_size,
+            "prompt_list": digest.hexdigest()[:16],
+        }
+        return own | sizes
 
     def _order(self, epoch: int) -> Tensor:
         """Rows of the round in the order of an epoch, (rows,)."""

@@ -94,11 +94,18 @@ class TemplateFormat:
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(end for end in ends if end is not None))
 
     def _end_of_turn(self) -> int | None:
-        """The id with which the template ends what the assistant writes, if it marks that; often not the EOS token."""
+        """The special token that ends what the assistant writes, if the template marks that; often not EOS.
+
+        Templates disagree on the mark's end: it may come before the token, or after a line break that follows it.
+        """
         if not _GENERATION.search(self.tokenizer.chat_template):
             return None
         ids, written = self.encode(_PROBE)
-        return [one for one, own in zip(ids, written, strict=True) if own][-1]
+        added = self.tokenizer.added_tokens_decoder
+        special = {*self.tokenizer.all_special_ids, *(one for one, token in added.items() if token.special)}
+        last = max(place for place, own in enumerate(written) if own)
+        inside = [one for one, own in zip(ids, written, strict=True) if own and one in special]
+        return next((one for one in [*inside[-1:], *ids[last + 1 : last + 2]] if one in special), None)
 
     def encode(self, messages: Messages) -> tuple[list[int], list[bool]]:
         """Ids and mask by `apply_chat_template`.

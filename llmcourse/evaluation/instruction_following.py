@@ -46,7 +46,8 @@ def answer_chats(
     answers = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
-        ids = generate(model, [prompts[i] for i in part], params, stop_ids=chat.stop_ids, tokenizer=tokenizer)
+        own = params.with_seed_plus(start)
+        ids = generate(model, [prompts[i] for i in part], own, stop_ids=chat.stop_ids, tokenizer=tokenizer)
         for i, new in zip(part, ids, strict=True):
             answers[i] = tokenizer.decode(new)
     return answers

@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +72,8 @@ def grade_batch(
         raise ValueError("submitted files are evaluated on this machine: leave out --scheduler")
     chosen = find_assignment(key, submissions, assignment)
     found = read_submissions(submissions, chosen.name)
+    if not trust:
+        require_hidden({"the key": key, "the submissions": submissions, "the report": report})
     report.mkdir(parents=True, exist_ok=True)
     with _locked(report):
         if not resume:
@@ -101,6 +103,23 @@ def grade_batch(
         grades = write_results(submissions, chosen, report, graded)
         summary.counts = dict(Counter(str(grade.verdict) for grade in grades))
     return summary
+
+
+def require_hidden(folders: Mapping[str, Path]) -> None:
+    """Refuse folders that the inside of a jail would see.
+
+    Raises:
+        ValueError: one of them lies below a folder of Python, of this package or of the system.
+    """
+    from llmcourse.grading.jail.client import visible_to_jails
+
+    visible = [path.resolve() for path in visible_to_jails()]
+    for name, folder in folders.items():
+        around = [path for path in visible if folder.resolve().is_relative_to(path)]
+        if around:
+            raise ValueError(
+                f"{name} would be visible to the submissions, since {folder} lies in {around[0]}: move it elsewhere"
+            )
 
 
 def write_results(
@@ -214,9 +233,9 @@ def _digest_of(path: Path) -> str:
 
 @functools.cache
 def grader_version() -> str:
-    """Digest of the source that decides on points: this part of the package, and the exercises."""
+    """Digest of the source that decides on points: of the whole package, where the answers of exercises lie too."""
     package, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
-    for path in sorted([*package.glob("grading/**/*.py"), *package.glob("checks/*.py")]):
+    for path in sorted(package.rglob("*.py")):
         if "reports" not in path.parts:
             digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
@@ -245,7 +264,8 @@ def grade_here(
         layers = first.prove()
         count = max(1, min(workers or os.cpu_count() or 1, len(pending)))
         for _ in range(count - 1):
-            stations.append(Station(key, scorer=first.scorer, trust=trust, evaluation=evaluation))
+            more = Station(key, scorer=first.scorer, trust=trust, evaluation=evaluation, layers=first.layers)
+            stations.append(more)
         started = time.monotonic()
         _work_through(stations, pending, done)
         return layers, time.monotonic() - started

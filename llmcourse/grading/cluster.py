@@ -129,7 +129,7 @@ class _Stations:
     """The jails of a worker process, for as many threads as it has; each is proved before it grades."""
 
     def __init__(self, key: AssignmentKey, trust: bool) -> None:
-        self.key, self.trust, self.layers = key, trust, ()
+        self.key, self.trust, self.layers, self.walls = key, trust, (), None
         self.lock, self.free = threading.Lock(), []
 
     @contextlib.contextmanager
@@ -137,8 +137,9 @@ class _Stations:
         with self.lock:
             station = self.free.pop() if self.free else None
             if station is None:
-                station = Station(self.key, trust=self.trust)
+                station = Station(self.key, trust=self.trust, layers=self.walls)
                 self.layers = station.prove()
+                self.walls = station.layers
         try:
             yield station
         finally:

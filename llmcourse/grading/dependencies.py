@@ -7,6 +7,7 @@ answer needs it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -72,11 +73,14 @@ class Notebook:
     def __init__(self, sources: Sequence[Source]) -> None:
         self.sources = list(sources)
         self.statements: list[tuple[Statement, ...]] = []
-        room, free = MAX_OWN, {source.text for source in sources if source.kind == LAB}
+        room, free = MAX_OWN, Counter(source.text for source in sources if source.kind == LAB)
         for source in sources:
-            fits = source.text in free or len(source.text) <= room
-            room -= len(source.text) if fits and source.text not in free else 0
-            free |= {source.text} if fits else set()  # a copy costs nothing: it was looked at before
+            costs = (
+                0 if free[source.text] else len(source.text)
+            )  # a copy costs too: its statements are looked at
+            free[source.text] -= not costs
+            fits = costs <= room
+            room -= costs if fits else 0
             self.statements.append(split(source.text) if fits else unsplit(source.text))
         self.binders: dict[str, list[Unit]] = {}
         self.changers: dict[str, list[Unit]] = {}
@@ -192,8 +196,8 @@ class _Planner:
             allowed |= {unit for unit in changers if unit[0] <= at and self.notebook.may_run(unit)}
         return allowed, bool(binders) and not allowed
 
-    def rest_of_cell(self, position: int, selected: set[Unit]) -> list[Statement]:
-        """Statements of a solution cell that cannot run: they read what only an experiment of the lab would bind.
+    def rest_of_cell(self, position: int, selected: set[Unit]) -> list[int]:
+        """Numbers of a solution cell's statements that cannot run: they read what only an experiment would bind.
 
         A student's `print(batch.shape)` above the answer must not keep the answer from being defined. What such
         statements need of the lab's cheap statements is selected; a student's other cells are not run for them.
@@ -208,7 +212,7 @@ class _Planner:
                 selected |= extra
                 bound |= statement.binds
             else:
-                unable.append(statement)
+                unable.append(number)
         return unable
 
     def available(
@@ -230,16 +234,20 @@ class _Planner:
                 return False
         return True
 
-    def write(self, selected: set[Unit], unable: Mapping[int, list[Statement]]) -> None:
+    def write(self, selected: set[Unit], unable: Mapping[int, list[int]]) -> None:
+        numbers_of: dict[int, list[int]] = {}
+        for where, number in sorted(selected):
+            numbers_of.setdefault(where, []).append(number)
         for position, source in enumerate(self.notebook.sources):
             statements = self.notebook.statements[position]
             if position in unable:
-                text = drop(source.text, unable[position])
-                numbers = [n for n, one in enumerate(statements) if one not in unable[position]]
-                if unable[position]:
-                    self.result.skipped[source.id] = [one.text.splitlines()[0] for one in unable[position]]
+                left_out = [statements[number] for number in unable[position]]
+                text = drop(source.text, left_out)
+                numbers = sorted(set(range(len(statements))) - set(unable[position]))
+                if left_out:
+                    self.result.skipped[source.id] = [one.text.splitlines()[0] for one in left_out]
             else:
-                numbers = sorted(number for where, number in selected if where == position)
+                numbers = numbers_of.get(position, [])
                 text = keep(source.text, [statements[number] for number in numbers])
             if numbers or position in unable:
                 self.result.cells.append((source.id, text))

@@ -10,6 +10,7 @@ It is trusted; what it is given is not, so it has a time limit and a memory limi
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -34,6 +35,7 @@ MAX_REPLY = 1 << 20
 START_SECONDS = 120.0
 """for the process to load torch on a busy machine; the limit of the submission counts from there"""
 MARK = "\n--- file score ---\n"
+NOT_NOW = "Your files could not be evaluated yet."
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,16 @@ class Evaluation:
         Raises:
             ValueError: there is no such function.
         """
-        source = inspect.getsourcefile(find_evaluator(self.evaluator))
-        text = Path(source).read_text(encoding="utf-8") if source else ""
-        return text_digest(f"{self.evaluator}\n{self.points}\n{text}")
+        path = Path(self.evaluator.rpartition(":")[0])
+        stamp = path.stat().st_mtime_ns if path.is_file() else 0
+        return text_digest(f"{self.evaluator}\n{self.points}\n{_source_of(self.evaluator, stamp)}")
+
+
+@functools.cache
+def _source_of(evaluator: str, stamp: int) -> str:
+    """Source of an evaluation, read once for a batch and again when the file has changed."""
+    source = inspect.getsourcefile(find_evaluator(evaluator))
+    return Path(source).read_text(encoding="utf-8") if source else ""
 
 
 @dataclass(frozen=True)
@@ -94,13 +103,15 @@ def find_evaluator(name: str) -> Any:
         if place.endswith(".py"):
             spec = importlib.util.spec_from_file_location("submitted_files_evaluator", place)
             module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module  # dataclasses look their module up
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(place)
         found = getattr(module, function)
-    except (ImportError, AttributeError, ValueError, OSError) as error:
+    except Exception as error:  # an instructor's file: anything may be wrong with it
+        found = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
-            f"no evaluation {name!r} ({error}): write module:function or file.py:function"
+            f"no evaluation {name!r} ({found}): write module:function or file.py:function"
         ) from None
     if not callable(found):
         raise ValueError(f"{name!r} is no function: write module:function or file.py:function")
@@ -157,10 +168,14 @@ def _too_long(max_points: float) -> Evaluated:
 
 
 def _reply(out: bytes, code: int, max_points: float) -> Evaluated:
-    text = out[-MAX_REPLY:].decode("utf-8", "replace").rpartition(MARK)[2]
+    if code == -signal.SIGKILL:  # nobody but the system does that
+        return _ended(Verdict.INFRASTRUCTURE, NOT_NOW, max_points, "the system killed the evaluation")
+    _, mark, text = out[-MAX_REPLY:].decode("utf-8", "replace").rpartition(MARK)
     try:
-        reply = json.loads(text)
+        reply = json.loads(text) if mark else None
     except ValueError:
+        reply = None
+    if not isinstance(reply, dict):
         return _ended(
             Verdict.CRASH, "The evaluation of your files ended early.", max_points, f"exit code {code}"
         )
@@ -176,6 +191,11 @@ def _reply(out: bytes, code: int, max_points: float) -> Evaluated:
     points = round(score.share * max_points, 2)
     item = Item(FILES, "Submitted files", points, max_points, status, score.message, detail=score.detail)
     return Evaluated(item, Verdict.GRADED, findings)
+
+
+def not_evaluated(evaluation: Evaluation, why: str) -> Evaluated:
+    """What becomes of files that this machine could not evaluate; they are tried again."""
+    return _ended(Verdict.INFRASTRUCTURE, NOT_NOW, evaluation.points, " ".join(why.split()))
 
 
 def _ended(

@@ -70,11 +70,11 @@ class Grade:
     def with_item(self, item: Item, ended: Verdict, findings: tuple[Finding, ...]) -> Grade:
         """The grade with an item that was graded by other means.
 
-        Where that ended at a limit the grade is partial; where it needs a person, so does the grade.
+        Where that ended at a limit the grade is partial; where it needs a person or another run, so does the grade.
         """
-        review = ended == Verdict.REVIEW and self.decided
-        undone = review or (ended != Verdict.GRADED and self.verdict == Verdict.GRADED)
-        early = Verdict.REVIEW if review else Verdict.PARTIAL
+        open_ = ended in UNDECIDED and self.decided
+        undone = open_ or (ended != Verdict.GRADED and self.verdict == Verdict.GRADED)
+        early = ended if open_ else Verdict.PARTIAL
         return replace(
             self,
             verdict=early if undone else self.verdict,

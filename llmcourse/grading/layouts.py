@@ -224,8 +224,8 @@ def _refuse_class_in_folder(files: list[Incoming]) -> None:
     owners = {path.split("/")[0] if "/" in path else f"{_named_student(path)}.ipynb" for path in inside}
     if top and len(owners) > 1:
         raise ValueError(
-            f"everything lies in the folder {printable(top)}: collect from that folder itself, or say --layout flat if it "
-            "is one student's"
+            f"everything lies in the folder {printable(top)}: collect from that folder itself, or say --layout flat "
+            "if it is one student's"
         )
 
 

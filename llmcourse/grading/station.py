@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcourse.grading.grades import Grade
-from llmcourse.grading.jail.client import Jail, Job
+from llmcourse.grading.jail.client import LAYERS, Jail, Job
 from llmcourse.grading.manifest import derive
 from llmcourse.grading.scoring import Scorer
 from llmcourse.grading.skeleton import Malformed, rebuild
@@ -56,12 +56,11 @@ class Submission:
     data: bytes | None = None
 
     def loaded(self) -> Submission:
-        """The submission with its bytes, for a machine that does not have the file.
-
-        Raises:
-            OSError: the file cannot be read.
-        """
-        return self if self.notebook is None else replace(self, data=read_notebook(self.notebook))
+        """The submission with its bytes, for a machine that does not have the file; as it is if it cannot be read."""
+        try:
+            return self if self.notebook is None else replace(self, data=read_notebook(self.notebook))
+        except OSError:
+            return self
 
     def digest(self) -> str:
         """SHA-256 of all that the grade depends on, in hexadecimal."""
@@ -74,7 +73,10 @@ class Submission:
         ):
             digest.update(hashlib.sha256(part.encode("utf-8", "surrogatepass")).digest())
         if self.notebook is not None:
-            digest.update(read_notebook(self.notebook))
+            try:
+                digest.update(read_notebook(self.notebook))
+            except OSError:  # grading says so
+                digest.update(b"unreadable")
         return digest.hexdigest()
 
 
@@ -130,6 +132,7 @@ class Station:
         scorer: Scorer | None = None,
         trust: bool = False,
         evaluation: Evaluation | None = None,
+        layers: Sequence[str] | None = None,
     ) -> None:
         """Start a jail.
 
@@ -138,16 +141,18 @@ class Station:
             scorer: one to share; default a new one.
             trust: go on where no wall of the jail can be built.
             evaluation: of the files that are handed in beside the notebook; by default they are not read.
+            layers: exactly these walls, which were proved; by default the strongest that can be had.
 
         Raises:
             ValueError: there is no jail on this machine, and `trust` is not given.
         """
         self.key, self.trust, self._closed = key, trust, False
-        self.scorer, self.evaluation = scorer or Scorer(key), evaluation
+        self.scorer, self.evaluation, self.layers = scorer or Scorer(key), evaluation, layers
         self.jail = self._new_jail()
 
     def _new_jail(self) -> Jail:
-        return Jail(preload=self.key.preload, trust=self.trust)
+        layers = "auto" if self.layers is None else self.layers
+        return Jail(preload=self.key.preload, layers=layers, trust=self.trust)
 
     def close(self) -> None:
         """End the jail and everything in it."""
@@ -173,10 +178,13 @@ class Station:
         return self._with_files(submission, graded) if self.evaluation and graded.grade.decided else graded
 
     def _with_files(self, submission: Submission, graded: Graded) -> Graded:
-        from llmcourse.grading.file_evaluation import evaluate_files
+        from llmcourse.grading.file_evaluation import evaluate_files, not_evaluated
 
         seed, limits = derive(self.key.secret, "held-out", self.key.name), self.key.manifest.limits
-        found = evaluate_files(submission.folder, self.evaluation, seed, limits)
+        try:
+            found = evaluate_files(submission.folder, self.evaluation, seed, limits)
+        except Exception as error:  # the machine's: no process, no memory
+            found = not_evaluated(self.evaluation, f"{type(error).__name__}: {error}")
         return replace(graded, grade=graded.grade.with_item(found.item, found.ended, found.findings))
 
     def grade_bytes(self, student: str, data: bytes, findings: tuple[Finding, ...] = ()) -> Graded:
@@ -241,6 +249,7 @@ class Station:
                 "`llmcourse doctor` says which walls can be built"
             )
         self.check_controls()
+        self.layers = [name for name in LAYERS if self.jail.layers.get(name)]  # a restart must not be weaker
         standing = tuple(name for name, stands in self.jail.layers.items() if stands)
         return (*standing, *(f"no wall: {wall.name}" for wall in fallen if wall not in grave))
 

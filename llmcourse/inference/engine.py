@@ -176,6 +176,15 @@ class Engine:
         if not schedule:
             return []
         self.steps += 1
+        try:
+            return self._compute(schedule)
+        except BaseException:
+            # Rows that were computed and got no token compute their last one again: none is left without its logits.
+            for sequence in self.scheduler.running:
+                sequence.n_computed -= sequence.n_pending == 0
+            raise
+
+    def _compute(self, schedule: Schedule) -> list[Output]:
         chosen: dict[int, tuple[Sequence, int]] = {}
         for rows in self._passes(schedule):
             logits = self._forward(rows)
@@ -199,7 +208,10 @@ class Engine:
         *,
         stop_ids: Several[int] = (),
     ) -> list[list[int]]:
-        """New ids for each prompt, as `inference.generate` gives them; `params` may differ from prompt to prompt.
+        """New ids for each prompt; `params` may differ from prompt to prompt.
+
+        Each prompt draws with a generator of its own: equal prompts with equal seeds get equal answers, whatever else
+        is computed beside them. Greedy answers are those of `inference.generate`.
 
         Raises:
             ValueError: a prompt that `add` refuses (then none is computed), or a number of params that is not the one

@@ -119,7 +119,11 @@ def complete(
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         ids = generate(
-            model, [encoded[i] for i in part], params, stop_ids=(tokenizer.eos_id,), tokenizer=tokenizer
+            model,
+            [encoded[i] for i in part],
+            params.with_seed_plus(start),
+            stop_ids=(tokenizer.eos_id,),
+            tokenizer=tokenizer,
         )
         for i, new in zip(part, ids, strict=True):
             texts[i] = _cut(tokenizer.decode(new), params.stop)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,6 +50,10 @@ class SamplingParams:
             raise ValueError(
                 f"stop={self.stop!r}: every text holds the empty string; give strings with letters"
             )
+
+    def with_seed_plus(self, offset: int) -> SamplingParams:
+        """The same for another batch, which must not draw with the same random numbers; without a seed unchanged."""
+        return self if self.seed is None else replace(self, seed=self.seed + offset)
 
     @property
     def greedy(self) -> bool:

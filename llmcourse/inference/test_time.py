@@ -60,9 +60,8 @@ def sample_many(
     samples: list[list[Sample]] = [[] for _ in prompts]
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
-        seed = None if params.seed is None else params.seed + start
-        batch = [prompt for _, prompt in part]
-        new = generate(model, batch, replace(params, seed=seed), stop_ids=stops, tokenizer=tokenizer)
+        batch, own = [prompt for _, prompt in part], params.with_seed_plus(start)
+        new = generate(model, batch, own, stop_ids=stops, tokenizer=tokenizer)
         for (p, prompt), ids in zip(part, new, strict=True):
             stopped = len(ids) < room_for(model, prompt, params) and not params.stop
             samples[p].append(Sample(tuple(ids), tokenizer.decode(ids), len(ids) + stopped))
@@ -116,6 +115,9 @@ def budget_forced(
     return [Sample(tuple(run.new), tokenizer.decode(run.new), run.generated) for run in runs]
 
 
+ANSWER_SEED = 1_000_003
+
+
 class _Run:
     """A response while its budget is spent."""
 
@@ -149,11 +151,11 @@ def _think(
     model: Transformer, runs: list[_Run], params: SamplingParams, stops: tuple[int, ...], phase: int
 ) -> None:
     """One stretch of thinking; runs with the same budget left share a batch."""
-    seed = None if params.seed is None else params.seed + 1009 * phase
     active = [run for run in runs if not run.stopped and run.left > 0]
-    for left in sorted({run.left for run in active}):
+    for number, left in enumerate(sorted({run.left for run in active})):
         group = [run for run in active if run.left == left]
-        _continue(model, group, replace(params, max_new_tokens=left, seed=seed), stops)
+        own = replace(params.with_seed_plus(1009 * phase + number), max_new_tokens=left)
+        _continue(model, group, own, stops)
 
 
 def _answer(
@@ -168,7 +170,9 @@ def _answer(
     cut = [run for run in runs if not run.stopped and len(run.ids) < room]
     for run in cut:
         run.new += closing
-    _continue(model, cut, params, stops)
+    _continue(
+        model, cut, params.with_seed_plus(ANSWER_SEED), stops
+    )  # not the numbers that thinking drew with
 
 
 def majority_vote(answers: Sequence[Answer | None]) -> Answer | None:

@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor, nn
 
 from llmcourse.models.attention import Attention, Cache, causal_mask, repeat_kv
@@ -89,8 +90,9 @@ def hooked(model: Transformer, hooks: Mapping[str, Hook | Sequence[Hook]]) -> It
         for name in matching(model, pattern):
             at.setdefault(name, []).extend([some] if callable(some) else some)
     with ExitStack() as stack:
-        for name, functions in at.items():
-            _attach(model, name, _chain(name, functions), stack)
+        for name in hook_points(model):  # hooks of one module run in the order in which they are attached
+            if name in at:
+                _attach(model, name, _chain(name, at[name]), stack)
         yield model
 
 
@@ -240,7 +242,11 @@ def _between(block: Block, apply: Callable[[Tensor], Tensor], stack: ExitStack) 
     def change(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         middle = reads[0] + output
         changed = apply(middle)
-        return None if changed is middle else changed - reads[0]
+        if changed is middle and not torch.is_grad_enabled():
+            return None
+        return (
+            changed - reads[0]
+        )  # with gradients even if unchanged: what follows must come from the recorded value
 
     for handle in (
         block.attention_norm.register_forward_pre_hook(note),

@@ -24,6 +24,10 @@ Metric = Callable[[Tensor], Tensor]
 """logits (B, T, V) -> a number for each pair, (B,)"""
 
 
+NO_RECEIVERS = ("embedding", "normalized", "head_outputs", "attention_output", "mlp_output")
+"""points that `patch_path` holds at the clean run, or that follow from others that it holds"""
+
+
 def logit_lead(answers: Sequence[int] | Tensor, others: Sequence[int] | Tensor, position: int = -1) -> Metric:
     """By how much the logit of the clean answer is ahead of that of the corrupted one."""
     answers, others = torch.as_tensor(answers), torch.as_tensor(others)
@@ -132,13 +136,18 @@ def patch_path(
         metric: what to measure.
 
     Raises:
-        ValueError: prompts that do not align, a receiver that is not later than a sender, or logits beside others.
+        ValueError: prompts that do not align, a receiver that is not later than a sender, one that is the output of
+            heads or a feed-forward layer (these are held), or logits beside others.
     """
     check_pairs(clean, corrupted)
     points = matching(model, list(receivers))
     if "logits" in points and len(points) > 1:
         raise ValueError(f"receivers {points}: the path to the output is one of its own, give logits alone")
     for point in points:
+        if point in NO_RECEIVERS or point.rpartition(".")[2] in NO_RECEIVERS:
+            raise ValueError(
+                f"{point} cannot receive: what it puts out is held at the clean run; give what it reads"
+            )
         layer = model.config.n_layers if point == "logits" else int(point.split(".")[1])
         if any(sender >= layer for sender, _ in senders):
             raise ValueError(f"{point} is not behind all senders {list(senders)}: a path goes forward")

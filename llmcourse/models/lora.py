@@ -165,7 +165,7 @@ class LoRALinear(nn.Module):
     def merge(self) -> None:
         """Compute with one matrix from now on; the base weight stays as it is, so nothing is lost.
 
-        Merging a merged layer changes nothing. Costs another O I numbers of memory while it lasts.
+        Merging a merged layer takes its weights as they are now. Costs another O I numbers of memory while it lasts.
 
         Raises:
             ValueError: the base is quantized: the sum would have to be rounded to 4 bits again.
@@ -174,8 +174,7 @@ class LoRALinear(nn.Module):
             raise ValueError(
                 "the base layer is quantized and cannot be merged into: use fold_lora for a plain model"
             )
-        if not self.is_merged:
-            self.merged_weight = self._sum(self.base.weight.dtype)
+        self.merged_weight = self._sum(self.base.weight.dtype)
 
     def unmerge(self) -> None:
         """Back to base and adapter, bit for bit; on an unmerged layer nothing happens."""

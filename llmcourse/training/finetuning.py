@@ -19,6 +19,8 @@ from llmcourse.data.document_mask import DocumentMask
 from llmcourse.data.instruction import LOSSES_ON, TRUNCATIONS, InstructionBatches, InstructionSet
 from llmcourse.data.packing import IGNORE, PackedBatches
 from llmcourse.data.token_stream import TokenStream
+from llmcourse.models.adapters import PromptEmbedding
+from llmcourse.models.lora import lora_layers
 from llmcourse.models.transformer import Transformer
 from llmcourse.training import distributed
 from llmcourse.training.fit import Batch, BatchSource, Evaluate, FitResult, FitSettings, Loss, fit
@@ -257,11 +259,16 @@ def finetune(
         fit_options: passed on to `fit`.
 
     Raises:
-        ValueError: a replay share without pre-training text or the other way round, or what the parts refuse.
+        ValueError: a replay share without pre-training text or the other way round, a model with an adapter, or what
+            the parts refuse.
     """
     if (settings.replay_share > 0) != (replay is not None):
         raise ValueError(
             f"replay_share={settings.replay_share} and {'no ' * (replay is None)}replay text: give both or neither"
+        )
+    if lora_layers(model) or isinstance(model.embedding, PromptEmbedding):
+        raise ValueError(
+            "the model has an adapter, and finetune would move its base: train the adapter with fit and sft_loss"
         )
     trainable = choose_trainable(model, settings.trainable)
     batches, loss = _batches(model, train, settings, replay)

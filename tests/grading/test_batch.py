@@ -43,7 +43,7 @@ def quick(jails, monkeypatch):
     """Stations that borrow their jails, and a self-test that passes; one test does without."""
 
     class Borrowed:
-        def __init__(self, preload, trust=False):
+        def __init__(self, preload, layers="auto", trust=False):
             self.jail = jails.pop() if jails else Jail(preload=preload, trust=trust)
             self.layers = self.jail.layers
 
@@ -210,6 +210,33 @@ def test_I28_files_beside_the_notebook_are_listed_and_never_read(tiny_release, k
     assert [one.text for one in grade.findings if one.kind == "FILE_IGNORED"] == [
         f"{name}: not needed" for name in (".OTTER_LOG", "conftest.py", "model.pt", "numpy.py")
     ]
+
+
+def test_one_notebook_that_cannot_be_read_does_not_stop_the_others(tiny_release, key, tmp_path, monkeypatch):
+    folder = write_hand_ins(tmp_path / "in", tiny_release.key, a_class(tiny_release, 2))
+    read = station.read_notebook
+
+    def refuse(path):
+        if path.parent.name == "s001":
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    monkeypatch.setattr(station, "read_notebook", refuse)
+    run(folder, key, tmp_path / "report")
+    found = rows(tmp_path / "report")
+    assert found["s000"]["points"] == "4" and found["s001"]["verdict"] == "infrastructure"
+
+
+@pytest.mark.parametrize("where", ["key", "submissions", "report"])
+def test_folders_that_a_jail_would_show_are_refused(tiny_release, key, tmp_path, monkeypatch, where):
+    folder = write_hand_ins(tmp_path / "in", tiny_release.key, a_class(tiny_release, 1))
+    shown = {"key": key, "submissions": folder, "report": tmp_path / "report"}[where]
+    monkeypatch.setattr("llmcourse.grading.jail.client.visible_to_jails", lambda: [shown.parent / shown.name])
+    with pytest.raises(
+        ValueError, match=f"the {where} would be visible to the submissions.*move it elsewhere"
+    ):
+        run(folder, key, tmp_path / "report")
+    assert not (tmp_path / "report").exists()
 
 
 def test_M10_links_and_devices_in_place_of_notebooks(tiny_release, key, tmp_path):

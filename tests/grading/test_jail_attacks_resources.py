@@ -58,10 +58,15 @@ def test_r6_alloc8g():
     assert points(result) == full()
 
 
-def test_r6_shared_memory_is_limited_too():
-    source = "import mmap\nm = mmap.mmap(-1, 4 << 30)\nfor n in range(0, 4 << 30, 4096): m[n] = 1"
-    result = run(source, wall_seconds=8)
-    assert result.ended is Verdict.MEMORY and result.peak_mb < 2048
+def test_r6_shared_memory_that_no_limit_counts_is_refused():
+    """Pages of such memory can be given back by its process and still be there."""
+    source = "import mmap\nm = mmap.mmap(-1, 1 << 20{})\nm[0] = 1\nprint('written')"
+    result = run(source.format(""), wall_seconds=8)
+    assert "Operation not permitted" in result.cells[0].error
+    zero = "import mmap, os\nmmap.mmap(os.open('/dev/zero', os.O_RDWR), 1 << 20)"
+    assert run(zero, wall_seconds=8).cells[0].status == "error"
+    private = run(source.format(", mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS"), wall_seconds=8)
+    assert private.cells[0].output == "written\n"
 
 
 def test_r7_many_processes_with_memory():

@@ -67,13 +67,26 @@ def test_without_namespaces_the_other_walls_stand_but_for_the_total_of_files(wea
         "import os\nfor n in range(1, 70000):\n    for name in ('mem', 'environ', 'maps'):\n"
         "        try:\n            if n != os.getpid(): open(f'/proc/{n}/{name}', 'rb'); print('OUT', n, name)\n"
         "        except OSError: pass",
+        "import fcntl, os, signal\nr, w = os.pipe()\n"
+        "for number in (fcntl.F_SETOWN, 10):\n    try: fcntl.fcntl(r, number, os.getppid()); print('OUT', number)\n"
+        "    except OSError: pass",
+        "import socket\ntry: socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM); print('OUT')\n"
+        "except OSError: pass\nsocket.socketpair()",
+        "import os\nif os.fork() == 0:\n    os.setsid()\n    while True:\n        if os.fork(): os._exit(0)",
+        "import os\nos.umask(0o477)\nos.mkdir('e')\nopen('e/f', 'w').write('x')",
+        "import os\nfor n in range(1500):\n    os.mkdir('d')\n    os.chdir('d')",
     ],
-    ids=["stays", "fork bomb", "kills", "limits of others", "memory of others"],
+    ids=[
+        *("stays", "fork bomb", "kills", "limits of others", "memory of others", "signals by files"),
+        *("datagrams", "always another process", "folder that nobody may read", "folders in folders"),
+    ],
 )
 def test_without_namespaces_nothing_stays_and_nobody_is_hit(weaker, source):
     result = weaker.run(Job((Cell("a", COUNT), Cell("b", source)), (ASK_COUNT,), limits()))
     require_empty(weaker)
     assert result.ended in (Verdict.GRADED, Verdict.TIMEOUT) and "OUT" not in result.cells[1].output
+    home = weaker._home.path if weaker._home else None
+    assert home is None or not [name for name in os.listdir(home) if name.startswith("submission-")]
     again = weaker.run(
         Job((Cell("a", COUNT), Cell("b", "import os\nprint(os.listdir('.'))")), (ASK_COUNT,), limits())
     )

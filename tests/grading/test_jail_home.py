@@ -38,6 +38,24 @@ def test_a_folder_goes_when_its_grader_was_killed_and_not_before(grader, tmp_pat
     assert not os.path.exists(folder) and (tmp_path / "llmcourse-jail-no-folder").exists()
 
 
+def test_trees_that_resist_are_removed(tmp_path):
+    folder = tmp_path / "made to resist"
+    (folder / "closed").mkdir(parents=True)
+    (folder / "closed" / "file").write_text("x")
+    (folder / "closed").chmod(0o300)
+    here = os.getcwd()
+    try:
+        os.chdir(folder)
+        for _ in range(1500):
+            os.mkdir("d")
+            os.chdir("d")
+    finally:
+        os.chdir(here)
+    home.remove_tree(folder)
+    assert not folder.exists()
+    home.remove_tree(folder)
+
+
 def test_a_young_folder_stays(tmp_path):
     (tmp_path / "llmcourse-jail-young").mkdir()
     assert home.remove_left_behind(tmp_path) == [] and (tmp_path / "llmcourse-jail-young").is_dir()

@@ -194,6 +194,15 @@ def evaluator(tmp_path):
                 import os
                 os._exit(3)
 
+            def printing(artifacts, seed):
+                import os
+                print(3, flush=True)
+                os._exit(0)
+
+            def killed(artifacts, seed):
+                import os, signal
+                os.kill(os.getpid(), signal.SIGKILL)
+
             def generous(artifacts, seed):
                 return FileScore(7.0, "")
             """
@@ -220,6 +229,8 @@ def test_the_evaluation_decides(folder, evaluator):
     [
         ("slow", Verdict.TIMEOUT),
         ("dying", Verdict.CRASH),
+        ("printing", Verdict.CRASH),
+        ("killed", Verdict.INFRASTRUCTURE),
         ("generous", Verdict.REVIEW),
         ("large", Verdict.MEMORY),
     ],
@@ -245,6 +256,7 @@ def test_the_limit_does_not_count_the_loading_of_torch(folder, evaluator):
         (Verdict.GRADED, Verdict.REVIEW, Verdict.REVIEW),
         (Verdict.PARTIAL, Verdict.REVIEW, Verdict.REVIEW),
         (Verdict.PARTIAL, Verdict.TIMEOUT, Verdict.PARTIAL),
+        (Verdict.GRADED, Verdict.INFRASTRUCTURE, Verdict.INFRASTRUCTURE),
         (Verdict.MALFORMED, Verdict.REVIEW, Verdict.MALFORMED),
     ],
 )
@@ -254,6 +266,28 @@ def test_what_the_files_come_to_changes_the_verdict(before, ended, after):
     changed = grade.with_item(item, ended, ())
     assert (changed.verdict, changed.points, changed.max_points) == (after, 4, 6)
     assert changed.note == ("before" if before == after else f"files: {ended}")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\nclass A:\n    x: int\n",
+            "",
+        ),
+        ("def evaluate(:", "SyntaxError"),
+        ("import no_such_module", "no_such_module"),
+    ],
+)
+def test_evaluators_in_files_of_their_own(tmp_path, source, message):
+    path = tmp_path / "mine.py"
+    path.write_text(source + ("\ndef evaluate(artifacts, seed): pass\n" if not message else ""))
+    if not message:
+        assert find_evaluator(f"{path}:evaluate").__name__ == "evaluate"
+    else:
+        with pytest.raises(ValueError, match=message) as error:
+            find_evaluator(f"{path}:evaluate")
+        assert "\n" not in str(error.value)
 
 
 def test_a_file_that_the_evaluation_lacks_is_for_review(folder, evaluator):

@@ -158,7 +158,7 @@ def _wall_in(limits: Limits, folder: Path, walls: Walls, file_bytes: int) -> Non
     with contextlib.suppress(OSError):  # when the machine runs out of memory, this is the process to end
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     if walls.landlock:
-        devices = [Path("/dev", name) for name in ("null", "zero", "full", "random", "urandom")]
+        devices = [Path("/dev", name) for name in ("null", "full", "random", "urandom")]
         own = [Path("/proc")] if walls.namespaces else []
         landlock.restrict(walls.readable, [folder, *devices, *own], tcp=walls.namespaces)
     if walls.filter is not None:

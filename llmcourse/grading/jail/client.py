@@ -124,9 +124,8 @@ class Jail:
         self._control, other = socket.socketpair()
         inside = not {"namespaces", "bubblewrap"}.isdisjoint(plan)  # they come with a folder in memory
         self._home = None if inside else Home()
-        site_folders = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-        home = os.path.expanduser("~")
-        visible = visible_paths(site_folders, home)
+        site_folders, home = _site_folders(), os.path.expanduser("~")
+        visible = visible_to_jails()
         folder = self._home.path if self._home else writable_folder(visible)
         settings = {
             "control": other.fileno(),
@@ -223,13 +222,13 @@ class _Run:
             except HungUp:
                 hung_up = True
             end = self.jail.request({"end": DEATH_SECONDS if hung_up else 0.0})
+            peak = max(self.peak_kb, end["peak_kb"] - self.jail._resident_kb, 0)
             if hung_up:
-                ended, note = replies.explain_death(end, self.job.limits)
+                ended, note = replies.explain_death(end, self.job.limits, peak)
             self._keep_last_output()
         finally:
             ours.close()
             os.close(pipe_out)
-        peak = max(self.peak_kb, end["peak_kb"] - self.jail._resident_kb, 0)
         cells = tuple(self.cells.get(cell.id, CellOutcome(cell.id, "not run")) for cell in self.job.cells)
         answers = tuple(self.answers[number] for number in sorted(self.answers))
         one = self.running
@@ -317,6 +316,19 @@ def _check_files(names: list[str]) -> None:
         sizes = [len(part.encode("utf-8", "surrogatepass")) for part in path.parts]
         if max(sizes) > 255 or sum(sizes) > 1000 or name in folders or not name.isprintable():
             raise ValueError(f"support file {name[:60]!r}: no file can have this path beside the others")
+
+
+def _site_folders() -> list[str]:
+    return [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+
+
+def visible_to_jails() -> list[Path]:
+    """What the inside of every jail sees of this machine's files.
+
+    Raises:
+        ValueError: the home folder would be visible.
+    """
+    return visible_paths(_site_folders(), os.path.expanduser("~"))
 
 
 def _plans(layers: str | Sequence[str], trust: bool) -> list[tuple[str, ...]]:

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -31,10 +32,21 @@ class Home:
 
     def remove(self) -> None:
         """Delete it with what is inside."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove_tree(self.path)
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+
+def remove_tree(folder: str | Path) -> None:
+    """Delete a folder whose content may be made to resist: without rights, or nested a thousand times."""
+    with contextlib.suppress(OSError, RecursionError):
+        shutil.rmtree(folder)
+    if os.path.lexists(folder):
+        quiet = {name: subprocess.DEVNULL for name in ("stdin", "stdout", "stderr")}
+        for command in (["chmod", "-R", "u+rwX"], ["rm", "-rf"]):
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                subprocess.run([*command, "--", str(folder)], check=False, timeout=60, **quiet)
 
 
 def remove_left_behind(parent: Path) -> list[Path]:
@@ -48,7 +60,7 @@ def remove_left_behind(parent: Path) -> list[Path]:
                 if status.st_uid != os.geteuid() or time.time() - status.st_ctime < GRACE_SECONDS:
                     continue
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder)
+                remove_tree(folder)
                 removed.append(folder)
             finally:
                 os.close(descriptor)

@@ -39,7 +39,8 @@ _READ_ONLY, _NO_SUID, _NO_DEVICES, _NO_EXEC, _REMOUNT, _BIND, _RECURSIVE, _PRIVA
 )
 _DETACH = 2
 _AT_RECURSIVE = 0x8000
-_DEVICES = ("null", "zero", "full", "random", "urandom")
+_DEVICES = ("null", "full", "random", "urandom")
+"""not "zero": a shared mapping of it is memory that no limit counts"""
 HOST_NAME = "jail"
 INSIDE_ID = 1000
 """number of the user inside a user namespace: an ordinary one"""

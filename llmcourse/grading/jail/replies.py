@@ -59,14 +59,21 @@ def answer(exercise: str, reply: dict[str, Any], values: bytes) -> Answer:
     return Answer(exercise, outcomes, "", names)
 
 
-def explain_death(end: dict[str, Any], limits: Limits) -> tuple[Verdict, str]:
-    """The verdict on a fork that ended by itself."""
+def explain_death(end: dict[str, Any], limits: Limits, peak_kb: int) -> tuple[Verdict, str]:
+    """The verdict on a fork that ended by itself, having held so much memory at most."""
     status, cpu = end["status"], end["cpu"]
     if status is None:
         return Verdict.CRASH, "it closed its connection to the grader"
     # The kernel counts in ticks for its limit, and more finely for what it reports here.
     if cpu >= 0.9 * limits.cpu_seconds - 0.3 and status in (-signal.SIGKILL, -signal.SIGXCPU):
         return Verdict.TIMEOUT, f"it used {limits.cpu_seconds} s of processor time"
+    if (
+        status == -signal.SIGKILL and peak_kb < limits.memory_mb << 9
+    ):  # half: it was the machine that had no more
+        return (
+            Verdict.INFRASTRUCTURE,
+            "the system killed it, though it held little memory: this machine is short of it",
+        )
     if status == -signal.SIGKILL:
         return Verdict.MEMORY, "the system killed it, most likely for its memory"
     if status < 0:

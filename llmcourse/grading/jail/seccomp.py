@@ -1,8 +1,8 @@
 """A filter of system calls: what no answer needs and what has opened jails before is refused.
 
 Refused with EPERM: tracing other processes, mounts, new namespaces, kernel modules, BPF, io_uring, keys, memory that
-no limit counts (`memfd_create`, System V and POSIX queues), the clock. `clone3`, whose flags a filter cannot see, and
-calls newer than this list do not exist (ENOSYS): the C library then takes the older one.
+no limit counts (`memfd_create`, shared anonymous mappings, System V and POSIX queues), the clock. `clone3`, whose
+flags a filter cannot see, and calls newer than this list do not exist (ENOSYS): the C library then takes the older one.
 """
 
 from __future__ import annotations
@@ -133,12 +133,18 @@ _REFUSED_WITHOUT_NAMESPACES: dict[str, tuple[int | None, int | None]] = {
 _COLUMN = {X86_64: 0, AARCH64: 1}
 _ARCHITECTURE = {X86_64: 0xC000003E, AARCH64: 0xC00000B7}
 _CLONE, _SOCKET, _LIMIT, _CLONE3, _LAST_KNOWN = (56, 220), (41, 198), (302, 261), 435, 461
+_MMAP, _FCNTL, _IOCTL, _SOCKETPAIR = (9, 222), (72, 25), (16, 29), (53, 199)
+_SHARED_ANONYMOUS = 0x21
+"""memory that RLIMIT_DATA does not count, and that may be there without being resident"""
+_SIGNAL_OTHERS = {_FCNTL: (8, 10, 15), _IOCTL: (0x8901, 0x8902)}
+"""F_SETOWN, F_SETSIG, F_SETOWN_EX, FIOSETOWN, SIOCSPGRP: the kernel then signals any process of this user"""
 _NEW_NAMESPACES = 0x7E020000
 _SET_FILTER = 1
-# Of a BPF program: load a word, jump if equal, greater, or any bit set, return.
-_LOAD, _EQUAL, _GREATER, _ANY_BIT, _RETURN = 0x20, 0x15, 0x25, 0x45, 0x06
+# Of a BPF program: load a word, jump if equal, greater, or any bit set, keep some bits, return.
+_LOAD, _EQUAL, _GREATER, _ANY_BIT, _AND, _RETURN = 0x20, 0x15, 0x25, 0x45, 0x54, 0x06
 _KILL, _ALLOW, _ERROR = 0x80000000, 0x7FFF0000, 0x00050000
-_NUMBER_AT, _ARCHITECTURE_AT, _FIRST_ARGUMENT_AT, _THIRD_ARGUMENT_AT = 0, 4, 16, 32
+_NUMBER_AT, _ARCHITECTURE_AT, _FIRST_ARGUMENT_AT, _SECOND_ARGUMENT_AT = 0, 4, 16, 24
+_THIRD_ARGUMENT_AT, _FOURTH_ARGUMENT_AT = 32, 40
 _NETLINK = 16
 
 
@@ -171,6 +177,16 @@ def build(inside: bool) -> bytes:
     for number in refused:
         program += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ERROR | errno.EPERM)]
     program += [
+        (_EQUAL, 0, 5, _MMAP[column]),
+        (_LOAD, 0, 0, _FOURTH_ARGUMENT_AT),
+        (_AND, 0, 0, _SHARED_ANONYMOUS),
+        (_EQUAL, 0, 1, _SHARED_ANONYMOUS),
+        (_RETURN, 0, 0, _ERROR | errno.EPERM),
+        (_RETURN, 0, 0, _ALLOW),
+    ]
+    if not inside:
+        program += _not_to_others(column)
+    program += [
         (_EQUAL, 0, 4, _CLONE[column]),
         (_LOAD, 0, 0, _FIRST_ARGUMENT_AT),
         (_ANY_BIT, 0, 1, _NEW_NAMESPACES),
@@ -195,6 +211,25 @@ def build(inside: bool) -> bytes:
         ]
     program += [(_RETURN, 0, 0, _ERROR | errno.EAFNOSUPPORT), (_RETURN, 0, 0, _ALLOW)]
     return b"".join(struct.pack("HBBI", *instruction) for instruction in program)
+
+
+def _not_to_others(column: int) -> list[tuple[int, int, int, int]]:
+    """No signals to other processes by way of files, and no datagrams to sockets that have a name."""
+    program = []
+    for call, commands in _SIGNAL_OTHERS.items():
+        program += [(_EQUAL, 0, 2 * len(commands) + 2, call[column]), (_LOAD, 0, 0, _SECOND_ARGUMENT_AT)]
+        for command in commands:
+            program += [(_EQUAL, 0, 1, command), (_RETURN, 0, 0, _ERROR | errno.EPERM)]
+        program += [(_RETURN, 0, 0, _ALLOW)]
+    return [
+        *program,
+        (_EQUAL, 0, 5, _SOCKETPAIR[column]),
+        (_LOAD, 0, 0, _SECOND_ARGUMENT_AT),
+        (_AND, 0, 0, 0xF),
+        (_EQUAL, 1, 0, int(socket.SOCK_STREAM)),
+        (_RETURN, 0, 0, _ERROR | errno.EPERM),
+        (_RETURN, 0, 0, _ALLOW),
+    ]
 
 
 def install(program: bytes) -> None:

@@ -13,7 +13,6 @@ import json
 import os
 import pwd
 import random
-import shutil
 import signal
 import socket
 import sys
@@ -22,7 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from llmcourse.grading.jail import landlock, namespaces, seccomp
+from llmcourse.grading.jail import landlock, namespaces, seccomp, usage
+from llmcourse.grading.jail.home import remove_tree
 from llmcourse.grading.jail.system_calls import (
     PR_SET_CHILD_SUBREAPER,
     PR_SET_DUMPABLE,
@@ -30,6 +30,7 @@ from llmcourse.grading.jail.system_calls import (
 )
 from llmcourse.grading.jail.visibility import visible_paths
 
+QUIET_LOOKS = 5
 PRELOADED = ("torch", "torch._dynamo", "llmcourse.checks.checking", "llmcourse.grading.jail.child")
 """always loaded: the first optimizer imports `torch._dynamo`, which takes a second"""
 
@@ -47,6 +48,10 @@ def main() -> None:
     memory = {"shared_kb": _kb("RssAnon"), "resident_kb": _kb("VmRSS")}
     _send(control, {"layers": zygote.layers, **memory})
     zygote.serve(control)
+
+
+VIEWS = frozenset({"namespaces", "bubblewrap"})
+"""walls in which files outside cannot be written; without them Landlock must know truncation, its third version"""
 
 
 class Unloadable(ValueError):
@@ -69,7 +74,7 @@ class Zygote:
         self.layers = {
             "namespaces": "namespaces" in wanted,
             "bubblewrap": "bubblewrap" in wanted,
-            "landlock": "landlock" in wanted and bool(landlock.version()),
+            "landlock": "landlock" in wanted and landlock.version() >= (3 if wanted.isdisjoint(VIEWS) else 1),
             "seccomp": "seccomp" in wanted and seccomp.supported(),
             "user": user is not None,
         }
@@ -109,7 +114,7 @@ class Zygote:
         finally:
             self._end(0)
             if not self.layers["namespaces"] and not self.layers["bubblewrap"]:
-                shutil.rmtree(self._base, ignore_errors=True)
+                remove_tree(self._base)
             os._exit(0)
 
     def _receive(self, control: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
@@ -169,7 +174,7 @@ class Zygote:
             _, status, usage = found
         if not self.layers["namespaces"]:  # there the kernel killed all with process 1
             _kill_descendants()
-            shutil.rmtree(self._folder, ignore_errors=True)
+            remove_tree(self._folder)
         self._fork = 0
         return {
             "status": None if status is None else os.waitstatus_to_exitcode(status),
@@ -275,21 +280,23 @@ def _kb(field: str) -> int:
 
 
 def _kill_descendants() -> None:
-    """Kill what a fork left behind; as this process adopts orphans, all of it is below."""
-    import psutil
+    """Kill what a fork left behind; as this process adopts orphans, all of it is below.
 
-    while left := psutil.Process().children(recursive=True):
+    A process that always lives on as its own child may be missed by a look at the list, so it is looked at until it
+    has been empty for some time.
+    """
+    quiet = 0
+    while quiet < QUIET_LOOKS:
+        left = usage.descendants(os.getpid())
         for process in left:
-            try:
-                process.kill()
-            except psutil.Error:
-                continue
-        try:
+            with contextlib.suppress(OSError):
+                os.kill(process, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-        except ChildProcessError:
-            return
-        time.sleep(0.001)
+        quiet = 0 if left else quiet + 1
+        if not left:
+            time.sleep(0.001)
 
 
 def _send(control: socket.socket, message: dict[str, Any]) -> None:
