@@ -7,13 +7,14 @@ answer needs it.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from llmcourse.grading.statements import ALWAYS_THERE, Statement, drop, keep, split, unsplit
 
 LAB, ANSWER, OWN = "lab", "answer", "own"
+MAX_STATEMENTS = 40_000
+"""in all cells together; the cells beyond are not split"""
 MAX_OWN = 300_000
 """characters of a student's cells that are looked at; the cells beyond are not split"""
 
@@ -73,15 +74,14 @@ class Notebook:
     def __init__(self, sources: Sequence[Source]) -> None:
         self.sources = list(sources)
         self.statements: list[tuple[Statement, ...]] = []
-        room, free = MAX_OWN, Counter(source.text for source in sources if source.kind == LAB)
+        room, free = MAX_OWN, {source.text for source in sources if source.kind == LAB}
+        total = 0
         for source in sources:
-            costs = (
-                0 if free[source.text] else len(source.text)
-            )  # a copy costs too: its statements are looked at
-            free[source.text] -= not costs
-            fits = costs <= room
-            room -= costs if fits else 0
+            fits = total < MAX_STATEMENTS and (source.text in free or len(source.text) <= room)
+            room -= len(source.text) if fits and source.text not in free else 0
+            free |= {source.text} if fits else set()  # a copy is split once: only its statements count again
             self.statements.append(split(source.text) if fits else unsplit(source.text))
+            total += len(self.statements[-1])
         self.binders: dict[str, list[Unit]] = {}
         self.changers: dict[str, list[Unit]] = {}
         self.stars: list[Unit] = []

@@ -349,6 +349,18 @@ def test_evaluation_is_the_mean_over_all_pairs():
         assert found[f"validation_{name}"] == pytest.approx(value.item(), rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_policy_that_is_its_reference_starts_at_ln_2_in_validation_too(precision):
+    model, options = new_model(), settings()
+    options = dataclasses.replace(options, fit=dataclasses.replace(options.fit, precision=precision))
+    held_out = with_reference(model, batches(16, seed=1), options, progress=False)
+    found = preference_evaluation(held_out, options)(model)
+    assert (
+        found["validation_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert abs(found["validation_margin"]) < 1e-6
+    )
+
+
 def test_further_evaluations_are_recorded_too():
     result = train_dpo(
         new_model(),

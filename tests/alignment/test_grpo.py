@@ -296,6 +296,19 @@ def test_the_position_is_plain_data_and_holds_no_rows_between_rounds():
     assert one.state_dict()["rows"] == {}
 
 
+def test_a_position_of_other_prompts_settings_or_processes_is_refused():
+    one = source(micro_steps=1)
+    state = json.loads(json.dumps(one.state_dict()))
+    for other in (source(micro_steps=1, seed=6), source(micro_steps=1, list_of_prompts=PROMPTS[::-1])):
+        with pytest.raises(ValueError, match="the saved rollouts has"):
+            other.load_state_dict(state)
+    two = {"micro_steps": 1, "rank": 0, "world_size": 2}
+    several = source(**two)
+    several.next()
+    with pytest.raises(ValueError, match="in the middle of a round"):
+        source(**two).load_state_dict(several.state_dict())
+
+
 def test_processes_share_the_prompts_of_one_list():
     def asked(**place: int) -> list[list[int]]:
         rounds: list[list[int]] = []

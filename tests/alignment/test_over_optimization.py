@@ -11,6 +11,7 @@ import torch
 
 from llmcourse.alignment.over_optimization import (
     OverOptimization,
+    _error_over_prompts,
     exact_token_kl,
     fit_over_optimization,
     policy_probe,
@@ -99,6 +100,13 @@ def test_probe_gives_a_point_of_the_curve():
     assert probe(policy) == probe(policy)
     with pytest.raises(ValueError, match="copy"):
         probe(reference)
+
+
+def test_samples_of_one_prompt_are_no_independent_prompts():
+    values = np.array([1.0, 3.0, 2.0, 6.0])
+    assert _error_over_prompts([[1], [1], [2], [2]], values) == pytest.approx(np.std([2, 4], ddof=1) / 2**0.5)
+    assert _error_over_prompts([[1], [2], [3], [4]], values) == pytest.approx(np.std(values, ddof=1) / 2)
+    assert _error_over_prompts([[1], [1]], values[:2]) == 0
 
 
 def test_fit_recovers_the_curve_and_its_peak():

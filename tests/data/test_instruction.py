@@ -130,6 +130,22 @@ def test_a_template_without_marks_is_replaced_by_one_of_its_family(
     )
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        "{% generation %}{{ message['content'] }}<|im_end|>\n{% endgeneration %}",
+        "{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}\n",
+        "{% generation %}{{ message['content'] }}{% endgeneration %}<|im_end|>\n",
+    ],
+)
+def test_the_end_of_a_turn_is_its_special_token_wherever_the_mark_ends(tokenizer: Tokenizer, written: str):
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    backend.add_special_tokens([tokenizers.AddedToken("<|im_end|>", special=True)])
+    template = "{% for message in messages %}{{ message['role'] }}\n" + written + "{% endfor %}"
+    foreign = Tokenizer(backend, chat_template=template)
+    assert chat_format(foreign).stop_ids == (foreign.special_id("<|im_end|>"), foreign.eos_id)
+
+
 # Data sets
 
 

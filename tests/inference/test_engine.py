@@ -232,3 +232,28 @@ def test_an_int8_cache_writes_nearly_the_same():
 def test_settings_make_sense(bad, message):
     with pytest.raises(ValueError, match=message):
         EngineSettings(**bad)
+
+
+def test_after_an_error_in_a_step_the_others_go_on_with_their_own_logits(model, monkeypatch):
+    prompts = some_prompts(3, seed=7)
+    one = engine(model)
+    added = [one.add(prompt, GREEDY) for prompt in prompts]
+    for _ in range(4):
+        one.step()
+    accept = one._accept
+
+    def refuse(sequence, token, now):
+        if sequence is added[1]:
+            raise RuntimeError("no such id")
+        return accept(sequence, token, now)
+
+    monkeypatch.setattr(one, "_accept", refuse)
+    with pytest.raises(RuntimeError, match="no such id"):
+        one.step()
+    one.cancel(added[1].number)
+    later = one.add(some_prompts(1, seed=8)[0], GREEDY)
+    for _ in one.run():
+        one.manager.check(one.scheduler.running)
+    expected = alone(model, [*prompts, some_prompts(1, seed=8)[0]])
+    found = [added[0].new_ids, added[2].new_ids, later.new_ids]
+    assert found == [expected[0], expected[2], expected[3]]

@@ -262,3 +262,10 @@ def test_a_saved_model_generates_the_same(model, reference, tmp_path: Path):
     from llmcourse.models.pretrained import from_pretrained
 
     assert generate(from_pretrained(save_pretrained(model, tmp_path)), prompts_of(), GREEDY) == reference
+
+
+def test_batches_of_one_call_draw_different_numbers(model):
+    texts = complete(model, Letters(), ["ab"] * 8, temperature=1.0, max_new_tokens=20, seed=0, batch_size=4)
+    assert texts[:4] != texts[4:]
+    again = complete(model, Letters(), ["ab"] * 8, temperature=1.0, max_new_tokens=20, seed=0, batch_size=4)
+    assert texts == again

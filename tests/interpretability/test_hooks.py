@@ -199,3 +199,27 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"returned \(3, 9\) in place of \(3, 9, 24\)"):
         with hooked(model, {"embedding": lambda value, name: value[..., 0]}):
             model(tokens)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@torch.no_grad()
+def test_hooks_of_one_module_run_in_the_order_of_computation(order):
+    model, tokens = lively_model(), some_tokens()
+    points = ["blocks.0.attention_output", "blocks.0.residual_middle"][::order]
+    seen: dict[str, Tensor] = {}
+    hooks = {
+        name: (lambda value, at: seen.__setitem__(at, value)) if "output" in name else add(torch.ones(1))
+        for name in points
+    }
+    with hooked(model, hooks):
+        model(tokens)
+    expected = plain(model, tokens)["blocks.0.attention_output"]
+    assert torch.allclose(seen["blocks.0.attention_output"], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("point", BLOCK_POINTS)
+def test_a_gradient_can_be_taken_at_every_point(point):
+    model = lively_model()
+    logits, seen = record(model, some_tokens(), f"blocks.0.{point}")
+    (gradient,) = torch.autograd.grad(logits.square().sum(), [seen[f"blocks.0.{point}"]])
+    assert gradient.abs().max() > 0

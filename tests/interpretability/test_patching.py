@@ -145,3 +145,11 @@ def test_refusals(model):
         patch_path(model, CLEAN, CORRUPTED, [(1, 0)], ["blocks.1.keys"], METRIC)
     with pytest.raises(ValueError, match="give logits alone"):
         patch_path(model, CLEAN, CORRUPTED, [(0, 0)], ["logits", "blocks.1.keys"], METRIC)
+
+
+@pytest.mark.parametrize(
+    "point", ["blocks.2.mlp_output", "blocks.2.head_outputs", "blocks.2.attention_output"]
+)
+def test_what_is_held_cannot_receive(model, point):
+    with pytest.raises(ValueError, match="cannot receive"):
+        patch_path(model, CLEAN, CORRUPTED, [(0, 1)], [point], METRIC)

@@ -151,6 +151,18 @@ def test_forward_gradients_and_merge_equal_peft(kind, init):
     assert (ours.fold().weight - ours.merged_weight).abs().max() == 0
 
 
+def test_merging_again_takes_the_weights_as_they_are_now():
+    torch.manual_seed(0)
+    layer, x = LoRALinear(nn.Linear(14, 9, bias=False), LoRASettings(rank=4)).eval(), torch.randn(3, 14)
+    layer.merge()
+    with torch.no_grad():
+        layer.b.normal_()  # as when the weights of another adapter are loaded
+    layer.merge()
+    merged = layer(x)
+    layer.unmerge()
+    assert torch.allclose(merged, layer(x), atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_dropout_acts_in_training_only_and_as_in_peft(kind):
     from peft import LoraConfig

@@ -17,6 +17,7 @@ from llmcourse.data.instruction import CourseFormat, InstructionBatches, Instruc
 from llmcourse.data.packing import IGNORE, PackedBatches
 from llmcourse.data.token_stream import TokenStream
 from llmcourse.models.config import ModelConfig
+from llmcourse.models.lora import LoRASettings, add_lora
 from llmcourse.models.transformer import Transformer
 from llmcourse.tokenization.tokenizer import Tokenizer
 from llmcourse.training.finetuning import (
@@ -54,6 +55,12 @@ def chats(n: int, seed: int = 0) -> list[list[dict[str, str]]]:
             ]
         )
     return made
+
+
+def test_the_base_of_an_adapter_is_not_trained_by_accident(tokenizer: Tokenizer, data: InstructionSet):
+    model = add_lora(make(tokenizer), LoRASettings(rank=2))
+    with pytest.raises(ValueError, match="the model has an adapter"):
+        finetune(model, data, SFTSettings(), progress=False)
 
 
 @pytest.fixture(scope="module")
