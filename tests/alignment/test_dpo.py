@@ -355,10 +355,8 @@ def test_a_policy_that_is_its_reference_starts_at_ln_2_in_validation_too(precisi
     options = dataclasses.replace(options, fit=dataclasses.replace(options.fit, precision=precision))
     held_out = with_reference(model, batches(16, seed=1), options, progress=False)
     found = preference_evaluation(held_out, options)(model)
-    assert (
-        found["validation_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert found["validation_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert abs(found["validation_margin"]) < 1e-6
-    )
 
 
 def test_further_evaluations_are_recorded_too():
