@@ -236,18 +236,24 @@ def _fit(data: bytes, assignment: str, grade_ids: set[str]) -> int:
 def _support(handed: Handed, student: Student, folder: Path) -> None:
     """Keep the files that may be needed beside a notebook, by their kind; of an earlier hand-in nothing is left."""
     room = MAX_SUPPORT_BYTES
-    for file in reversed(handed.files):  # the latest of one name counts
+    latest: dict[
+        str, Incoming
+    ] = {}  # of several of one name the last counts, but none in a folder further down
+    for file in handed.files:
+        other = latest.setdefault(_support_name(handed, file), file)
+        if len(file.parts) <= len(other.parts):
+            latest[_support_name(handed, file)] = file
+    for file in handed.files:
         suffix = Path(file.name).suffix.lower()
         if suffix == ".ipynb":
             continue
-        own = handed.names.get(file.path, file.name)
-        name = re.sub(r"[^A-Za-z0-9._-]", "_", own)[-100:].lstrip(".")
+        name = _support_name(handed, file)
         reason = ""
         if name.lower() == "timestamp.txt":
             reason = "the time is what the platform says"
         elif suffix not in SUPPORT or not name:
             reason = "files of this kind are not used"
-        elif name in student.kept:
+        elif latest[name] is not file:
             reason = "another file of that name is kept"
         elif len(student.kept) >= MAX_SUPPORT_FILES:
             reason = f"more than {MAX_SUPPORT_FILES} files"
@@ -263,10 +269,14 @@ def _support(handed: Handed, student: Student, folder: Path) -> None:
                 reason = str(error)
         if reason:
             student.ignored.append(Refused(printable(file.path), reason))
-    student.kept.sort()
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.name not in student.kept and not path.is_dir():
             path.unlink()
+
+
+def _support_name(handed: Handed, file: Incoming) -> str:
+    own = handed.names.get(file.path, file.name)
+    return re.sub(r"[^A-Za-z0-9._-]", "_", own)[-100:].lstrip(".")
 
 
 def folder_name(student: str) -> str:

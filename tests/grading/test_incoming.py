@@ -148,7 +148,7 @@ def test_limits_of_one_student(tmp_path, folder, monkeypatch, notebook):
         "y.ipynb": b"{}",
     }
     write(folder, {"s001/z.ipynb": notebook, **{f"s001/{name}": data for name, data in files.items()}})
-    (student,) = collect(folder, tmp_path / "out").students
+    (student,) = collect(folder, tmp_path / "out", layout="flat").students
     assert student.kept == ["a.csv", "c.csv"] and student.notebook == "s001/z.ipynb"
     assert {path.removeprefix("s001/") for path in reasons(student)} == {
         "b.csv",

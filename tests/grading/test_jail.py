@@ -13,6 +13,7 @@ import pytest
 
 from llmcourse.grading.jail import usage
 from llmcourse.grading.jail.client import Cell, Jail, Job, Question
+from llmcourse.grading.jail.replies import explain_death
 from llmcourse.grading.jail.selftest import self_test
 from llmcourse.grading.jail.visibility import visible_paths, writable_folder
 from llmcourse.grading.limits import Limits
@@ -217,6 +218,28 @@ def test_a_zygote_that_died_is_an_infrastructure_verdict_and_the_next_job_runs()
         time.sleep(0.1)
         assert one.run(Job((Cell("a", "x = 1"),))).ended is Verdict.INFRASTRUCTURE
         assert one.run(Job((Cell("a", "x = 1"),))).ended is Verdict.GRADED
+
+
+@pytest.mark.parametrize(
+    ("status", "cpu", "peak_mb", "oom", "verdict"),
+    [
+        (-signal.SIGKILL, 1.0, 100, True, Verdict.INFRASTRUCTURE),
+        (-signal.SIGKILL, 1.0, 400, True, Verdict.MEMORY),
+        (-signal.SIGKILL, 1.0, 400, False, Verdict.MEMORY),
+        (-signal.SIGKILL, 1.0, 100, False, Verdict.CRASH),  # as by a limit that it set itself
+        (-signal.SIGKILL, 60.0, 100, True, Verdict.TIMEOUT),
+        (-signal.SIGSEGV, 1.0, 100, True, Verdict.CRASH),
+        (3, 1.0, 100, True, Verdict.CRASH),
+    ],
+)
+def test_who_is_blamed_for_a_death(status, cpu, peak_mb, oom, verdict):
+    end = {"status": status, "cpu": cpu, "peak_kb": 0}
+    assert explain_death(end, Limits(memory_mb=512), peak_mb << 10, oom)[0] is verdict
+
+
+def test_a_limit_that_a_submission_sets_itself_is_its_own_fault():
+    source = "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (1, 1))\nwhile True: pass"
+    assert run(source, wall_seconds=8).ended in (Verdict.CRASH, Verdict.TIMEOUT)
 
 
 def test_a_killed_grader_leaves_nothing():

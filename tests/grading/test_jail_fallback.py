@@ -58,7 +58,7 @@ def test_without_namespaces_the_other_walls_stand_but_for_the_total_of_files(wea
 @pytest.mark.parametrize(
     "source",
     [
-        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep(600)",
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep(600)\n    os._exit(0)",
         "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
         "import os, signal\nfor n in range(2, 70000):\n    try: os.kill(n, 9); print('OUT')\n    except OSError: pass",
         "import os\nfor n in (os.getppid(), 1):\n    try: os.setpriority(os.PRIO_PROCESS, n, 19); print('OUT')\n"

@@ -190,7 +190,7 @@ def test_notebooks_made_to_be_slow_are_read_in_seconds(tiny_release, code_cell, 
         "large": [code_cell(f"x{i} = [{'1, ' * 300_000}]", id=str(i)) for i in range(18)],
         "names": [code_cell(f"my_intensity = {i}\n" * 150, id=str(i)) for i in range(4900)],
         "copies": [json.loads(json.dumps(stub)) for _ in range(4900)],
-        "statements": [json.loads(json.dumps(stub | {"source": "a\n" * 25_000})) for _ in range(200)],
+        "statements": [json.loads(json.dumps(stub | {"source": "a\n" * 25_000})) for _ in range(40)],
     }[kind]
     notebook["cells"] += more
     data = json.dumps(notebook).encode()

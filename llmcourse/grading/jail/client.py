@@ -199,6 +199,7 @@ class _Run:
 
     def __init__(self, jail: Jail, job: Job) -> None:
         self.jail, self.job, self.started, self.peak_kb = jail, job, time.monotonic(), 0
+        self.oom_kills = usage.oom_kills()
         self.cells: dict[str, CellOutcome] = {}
         self.answers: dict[int, Answer] = {}
 
@@ -224,7 +225,9 @@ class _Run:
             end = self.jail.request({"end": DEATH_SECONDS if hung_up else 0.0})
             peak = max(self.peak_kb, end["peak_kb"] - self.jail._resident_kb, 0)
             if hung_up:
-                ended, note = replies.explain_death(end, self.job.limits, peak)
+                ended, note = replies.explain_death(
+                    end, self.job.limits, peak, usage.oom_kills() != self.oom_kills
+                )
             self._keep_last_output()
         finally:
             ours.close()

@@ -59,22 +59,28 @@ def answer(exercise: str, reply: dict[str, Any], values: bytes) -> Answer:
     return Answer(exercise, outcomes, "", names)
 
 
-def explain_death(end: dict[str, Any], limits: Limits, peak_kb: int) -> tuple[Verdict, str]:
-    """The verdict on a fork that ended by itself, having held so much memory at most."""
+def explain_death(end: dict[str, Any], limits: Limits, peak_kb: int, oom: bool) -> tuple[Verdict, str]:
+    """The verdict on a fork that ended by itself.
+
+    Args:
+        end: how it ended.
+        limits: of the job.
+        peak_kb: the most memory that it held.
+        oom: whether the system killed any process for want of memory meanwhile.
+    """
     status, cpu = end["status"], end["cpu"]
     if status is None:
         return Verdict.CRASH, "it closed its connection to the grader"
     # The kernel counts in ticks for its limit, and more finely for what it reports here.
     if cpu >= 0.9 * limits.cpu_seconds - 0.3 and status in (-signal.SIGKILL, -signal.SIGXCPU):
         return Verdict.TIMEOUT, f"it used {limits.cpu_seconds} s of processor time"
-    if (
-        status == -signal.SIGKILL and peak_kb < limits.memory_mb << 9
-    ):  # half: it was the machine that had no more
+    little = peak_kb < limits.memory_mb << 9  # half of the limit
+    if status == -signal.SIGKILL and oom and little:
         return (
             Verdict.INFRASTRUCTURE,
-            "the system killed it, though it held little memory: this machine is short of it",
+            "the system killed it, though it held little memory: the machine is short of it",
         )
-    if status == -signal.SIGKILL:
+    if status == -signal.SIGKILL and (oom or not little):
         return Verdict.MEMORY, "the system killed it, most likely for its memory"
     if status < 0:
         return Verdict.CRASH, f"its process was ended by {_signal_name(-status)}"

@@ -56,6 +56,15 @@ def held_kb(processes: list[int], shared_kb: int, ceiling_kb: int) -> int:
     return rough if None in fair else max(0, sum(filter(None, fair)) - shared_kb)
 
 
+def oom_kills() -> int:
+    """How many processes this system has killed for want of memory since it started; 0 where it does not say."""
+    try:
+        lines = (_PROC / "vmstat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+
+
 def _sum(process: int, name: str, fields: tuple[str, ...]) -> int | None:
     try:
         text = (_PROC / f"{process}/{name}").read_text()
