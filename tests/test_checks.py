@@ -108,6 +108,15 @@ def test_correct_answer_written_differently_is_accepted(capsys):
         assert result.correct and result.points == 2 and result.case is None
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_the_lookup_may_be_scaled_anywhere(seed):
+    def scaled_queries(q, k, v):
+        return torch.softmax((q * q.shape[-1] ** -0.5) @ k.mT, dim=-1) @ v
+
+    exercise = find_exercise("attention/lookup")
+    assert judge(exercise, scaled_queries, seed=seed).correct
+
+
 def test_stub_is_not_answered_yet_and_does_not_raise(capsys):
     def answer(q, k):
         raise NotImplementedError
