@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from llmcourse.durable import canonical_json, file_digest, text_digest
 from llmcourse.grading.grades import Grade, Summary
 from llmcourse.grading.journal import Journal
+from llmcourse.grading.locking import locked
 from llmcourse.grading.station import Graded, Station, Submission
 from llmcourse.grading.verdicts import Verdict
 
@@ -75,7 +76,8 @@ def grade_batch(
     if not trust:
         require_hidden({"the key": key, "the submissions": submissions, "the report": report})
     report.mkdir(parents=True, exist_ok=True)
-    with _locked(report):
+    busy = f"another grader is at work in {report}: wait until it is done, or give another --out folder"
+    with locked(report / ".lock", 0, busy):
         if not resume:
             (report / JOURNAL).unlink(missing_ok=True)
         with Journal(report / JOURNAL) as journal:
@@ -353,24 +355,6 @@ def stubs_of(key: AssignmentKey) -> dict[str, str]:
 def _unfinished(record: dict[str, Any] | None) -> bool:
     """Whether there is no result yet, or only that the machine failed."""
     return record is None or record["grade"]["verdict"] == Verdict.INFRASTRUCTURE
-
-
-@contextlib.contextmanager
-def _locked(report: Path) -> Iterator[None]:
-    """The report folder for this process alone; a killed grader's lock is free again."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(report / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(
-            f"another grader is at work in {report}: wait until it is done, or give another --out folder"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextlib.contextmanager

@@ -13,7 +13,8 @@ import csv
 import hashlib
 import io
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from llmcourse.durable import text_digest
 from llmcourse.grading.grades import Grade
+from llmcourse.grading.locking import locked
 from llmcourse.grading.reports.text import cell, number, one_line
 from llmcourse.labs.results import write_atomically
 
@@ -180,21 +182,11 @@ def _number(text: str, where: str, what: str) -> float:
     return value
 
 
-@contextlib.contextmanager
-def _locked(report: Path) -> Iterator[None]:
+def _locked(report: Path) -> AbstractContextManager[None]:
     """The marks for this process alone: the page, a second page and `--merge` may all write them."""
-    from filelock import FileLock, Timeout
-
     report.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(report / ".marks.lock", timeout=10)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(f"another program writes the marks of {report}: try again when it is done") from None
-    try:
-        yield
-    finally:
-        lock.release()
+    busy = f"another program writes the marks of {report}: try again when it is done"
+    return locked(report / ".marks.lock", 10, busy)
 
 
 def store(report: Path, marks: Iterable[Mark], changed: Mark) -> list[Mark]:

@@ -14,11 +14,12 @@ import time
 import psutil
 import pytest
 
-from llmcourse.grading import batch, station
+from llmcourse.grading import station
 from llmcourse.grading.batch import grade_batch, read_submissions, record_key
 from llmcourse.grading.jail import selftest
 from llmcourse.grading.jail.client import Jail
 from llmcourse.grading.journal import Journal
+from llmcourse.grading.locking import locked
 from llmcourse.grading.reports.exports import read_answers, read_grades
 from llmcourse.grading.station import Submission
 from llmcourse.grading.verdicts import Verdict
@@ -174,7 +175,7 @@ def test_B1_the_same_tables_after_a_kill(tiny_release, key, tmp_path):
 def test_B2_one_grader_at_a_time(tiny_release, key, tmp_path):
     folder = write_hand_ins(tmp_path / "in", tiny_release.key, a_class(tiny_release, 1))
     (tmp_path / "report").mkdir()
-    with batch._locked(tmp_path / "report"):
+    with locked(tmp_path / "report" / ".lock", 0, "held"):
         with pytest.raises(ValueError, match="another grader is at work"):
             run(folder, key, tmp_path / "report")
     assert run(folder, key, tmp_path / "report").graded == 1
